@@ -12,7 +12,10 @@ import types
 import typing
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA = 1
 
@@ -23,10 +26,20 @@ Role = Literal["context", "generation"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+def split(size: int, parts: int, index: int) -> Range:
+    """Part `index` of `size` elements in `parts` contiguous parts; the first `size % parts` get one more."""
+    share, rest = divmod(size, parts)
+    lo = index * share + min(index, rest)
+    return lo, lo + share + (index < rest)
+
+
 # --- Who owns a token -------------------------------------------------------------------------------------------
 
 
-def owner(position: int, block: int, cp: int) -> int:
+Index = TypeVar("Index", int, "Tensor")  # one position, or an integer tensor of them
+
+
+def owner(position: Index, block: int, cp: int) -> Index:
     """The cp rank that stores the K/V of global `position`: block-cyclic over `cp` ranks, `block` tokens a block."""
     return position // block % cp
 
@@ -99,7 +112,7 @@ class Moe:
 
 @dataclass(frozen=True, slots=True)
 class ModelArch:
-    """Geometry of a decoder-only model, with no `auto` left. For MLA, num_kv_heads is 1 and head_dim is latent + rope."""
+    """Geometry of a decoder-only model. For MLA, num_kv_heads is 1 and head_dim is latent + rope."""
 
     architecture: str
     hidden_size: int
@@ -137,7 +150,7 @@ class ModelArch:
     @property
     def softmax_scale(self) -> float:
         dim = self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim if self.mla else self.head_dim
-        return dim**-0.5 * self.rope.softmax_factor
+        return float(dim**-0.5 * self.rope.softmax_factor)
 
     def is_moe(self, layer: int) -> bool:
         return self.moe is not None and layer in self.moe.layers
@@ -319,7 +332,7 @@ def plan_from_json(text: str) -> Plan:
 
 
 def read(kind: Any, data: Any, path: str = "$") -> Any:
-    """Build `kind` (a dataclass, tuple, union, literal or scalar type) from parsed JSON; ManifestError names the path."""
+    """Build `kind` (a dataclass, tuple, union, literal or scalar) from parsed JSON; ManifestError names the path."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(kind, data, path)

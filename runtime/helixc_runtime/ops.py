@@ -42,7 +42,7 @@ class DecodeBatch:
 
 
 class Ops(Protocol):
-    """Shapes: H query heads and KH KV heads of this rank, D head_dim, P partial_dim. Raises ValueError on a mismatch."""
+    """Shapes: H query heads and KH KV heads of this rank, D head_dim, P partial_dim. ValueError on a mismatch."""
 
     def append(self, q: Tensor, k: Tensor, v: Tensor | None, cache: LayerCache, batch: DecodeBatch) -> Tensor:
         """Rotate the last rope_dim dims of q [B, H, D] and k [B, KH, D] (MLA: [B, 1, D]); store k, v of owned rows.

@@ -1,0 +1,105 @@
+"""HX3xx: what Helix asks of attention: heads that divide twice, and context parallelism where decoding happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from helixc.checks.case import CP, TP, Case, ModelCase, Side
+from helixc.checks.check import Finding, error, warning
+from helixc.diagnostics import divisors, listed
+from helixc.spec.agreement import value_at
+from helixc.spec.source import KeyPath
+
+
+@error("HX301")
+def heads_divide(case: ModelCase) -> Iterator[Finding]:
+    """The query heads do not divide over tp * cp.
+
+    Before the exchange a rank attends with num_heads / tp heads. The exchange gives each of the cp ranks an equal part
+    of them, num_heads / (tp * cp), which is also its row shard of o_proj. So num_heads must be a multiple of tp * cp.
+    Under enable_attention_dp the tp ranks keep whole heads and only cp counts.
+    """
+    heads = case.arch.num_heads
+    for side in case.sides:
+        tp = 1 if side.spec.enable_attention_dp else side.tp
+        if heads % (tp * side.cp) == 0:
+            continue
+        span = side.first_given(CP, TP) if side.cp > 1 else side.at(TP)
+        message = f"{heads} query heads do not divide over {side.grid} = {side.ffn_ranks} ranks of {side.name}"
+        if tp < side.tp:
+            message = f"{heads} query heads do not divide over cp {side.cp} of {side.name}"
+        yield Finding(span, message, _sizes_that_divide(heads, tp, side), side.related("tp is given here", TP, span))
+
+
+def _sizes_that_divide(heads: int, tp: int, side: Side) -> str:
+    if side.cp == 1 or heads % tp != 0:
+        return f"choose tp * cp among {listed(divisors(heads))}"
+    return f"with tp {tp}, choose cp among {listed(divisors(heads // tp))}"
+
+
+@error("HX302")
+def context_has_no_cp(case: Case) -> Iterator[Finding]:
+    """Context instances are given context parallelism.
+
+    A context instance computes a whole prompt and knows nothing of Helix; its KV cache is dealt out to the cp ranks of
+    a generation instance at the handoff. Split prefill by tp and pp, or use more context instances.
+    """
+    for side in case.sides:
+        cp = side.spec.context_parallel_size
+        if side.role == "context" and cp > 1:
+            help = "context instances have cp 1; give context_parallel_size to generation_servers only"
+            yield Finding(side.at(CP), f"context_servers cannot have context_parallel_size {cp}", help)
+
+
+@error("HX303")
+def cp_type_is_helix(case: Case) -> Iterator[Finding]:
+    """cp_type names a kind of context parallelism other than Helix.
+
+    TensorRT-LLM also knows ULYSSES, STAR and RING, which split the queries of a prefill. Here cp_type is HELIX, which
+    splits the KV cache of decoding; it may be left out.
+    """
+    paths: list[KeyPath] = [
+        (*section, "cp_config", "cp_type") for section in ((), ("context_servers",), ("generation_servers",))
+    ]
+    for path in paths:
+        if path in case.source.spans and str(value_at(case.source, path)).upper() != "HELIX":
+            message = f"cp_type {value_at(case.source, path)} is not supported"
+            yield Finding(case.source.value_span(path), message, "write HELIX, or remove the key")
+
+
+@error("HX304")
+def kv_heads_divide(case: ModelCase) -> Iterator[Finding]:
+    """The KV heads do not divide over tp.
+
+    With fewer tp ranks than KV heads every rank holds num_kv_heads / tp whole heads; with more, every head is held by
+    tp / num_kv_heads ranks. Both must be whole numbers. Instead of a larger tp, use cp: it splits the KV cache without
+    splitting heads. MLA has one latent head that every tp rank holds, and enable_attention_dp does not split heads.
+    """
+    kv_heads = case.arch.num_kv_heads
+    for side in _sides_that_split_heads(case):
+        if kv_heads % side.tp != 0 and side.tp % kv_heads != 0:
+            message = f"{kv_heads} KV heads do not divide over tp {side.tp} of {side.name}"
+            yield Finding(side.at(TP), message, f"choose tp among {listed(divisors(kv_heads))}{_or_cp(side)}")
+
+
+@warning("HX305")
+def kv_heads_are_duplicated(case: ModelCase) -> Iterator[Finding]:
+    """tp exceeds the number of KV heads, so the KV cache is held several times.
+
+    Every rank holds at least one KV head. With tp = 2 * num_kv_heads each token's K/V is stored and read twice. This is
+    what Helix avoids: keep tp at or below num_kv_heads and grow cp instead.
+    """
+    kv_heads = case.arch.num_kv_heads
+    for side in _sides_that_split_heads(case):
+        if side.tp > kv_heads and side.tp % kv_heads == 0:
+            copies = side.tp // kv_heads
+            message = f"tp {side.tp} of {side.name} holds each of the {kv_heads} KV heads {copies} times"
+            yield Finding(side.at(TP), message, f"use tp {kv_heads} or less{_or_cp(side)}")
+
+
+def _sides_that_split_heads(case: ModelCase) -> Iterator[Side]:
+    return (s for s in case.sides if case.arch.mla is None and not s.spec.enable_attention_dp)
+
+
+def _or_cp(side: Side) -> str:
+    return ", and split the KV cache by context_parallel_size" if side.role == "generation" else ""

@@ -1,0 +1,1 @@
+"""Kernels: problem (KernelSpec) -> choice (KernelConfig) -> text (KernelSource) -> binary (Cubin)."""

@@ -1,0 +1,73 @@
+"""A kernel problem: which template, specialised on what, for which architecture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from helixc_runtime.attention_shape import AttentionShape
+
+Param = int | float | str | bool
+Params = tuple[tuple[str, Param], ...]
+
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """One specialised kernel to build. `name` is its entry point and is unique among a plan's problems."""
+
+    name: str
+    template: str  # kernels/<template>.cu.j2
+    params: Params
+    arch: str
+
+
+@lru_cache(maxsize=256)
+def problems(shape: AttentionShape, cp: int, arch: str) -> tuple[KernelSpec, ...]:
+    """The kernels that decoding `shape` needs on each of `cp` ranks.
+
+    Also with cp = 1, so that every deployment runs the same steps; its combine merges one partial.
+    """
+    return _append(shape, arch), _partial(shape, arch), _merge(shape, arch), _combine(shape, cp, arch)
+
+
+def _append(shape: AttentionShape, arch: str) -> KernelSpec:
+    dims = _dims(shape, f"d{shape.head_dim}_r{shape.rope_dim}")
+    params: Params = (*_heads(shape), ("rope_dim", shape.rope_dim), ("interleaved", shape.interleaved))
+    return KernelSpec(f"append_{dims}", "append", params, arch)
+
+
+def _partial(shape: AttentionShape, arch: str) -> KernelSpec:
+    dims = _dims(shape, f"d{shape.head_dim}")
+    params: Params = (*_heads(shape), ("partial_dim", shape.partial_dim), ("scale", shape.scale))
+    return KernelSpec(f"partial_{dims}", "partial", params, arch)
+
+
+def _merge(shape: AttentionShape, arch: str) -> KernelSpec:
+    params: Params = (("partial_dim", shape.partial_dim), ("dtype", shape.dtype))
+    return KernelSpec(f"merge_p{shape.partial_dim}_{_SHORT[shape.dtype]}", "merge", params, arch)
+
+
+def _combine(shape: AttentionShape, cp: int, arch: str) -> KernelSpec:
+    params: Params = (("cp", cp), ("partial_dim", shape.partial_dim), ("dtype", shape.dtype))
+    return KernelSpec(f"combine_cp{cp}_p{shape.partial_dim}_{_SHORT[shape.dtype]}", "combine", params, arch)
+
+
+def _heads(shape: AttentionShape) -> Params:
+    return (
+        ("mla", shape.is_mla),
+        ("heads", shape.heads),
+        ("kv_heads", shape.kv_heads),
+        ("head_dim", shape.head_dim),
+        ("block", shape.block),
+        ("dtype", shape.dtype),
+        ("kv_dtype", shape.kv_dtype),
+    )
+
+
+def _dims(shape: AttentionShape, widths: str) -> str:
+    """The part of a name that says heads, widths, block and dtypes, such as mla_h64_d576_b32_bf16."""
+    heads = f"mla_h{shape.heads}" if shape.is_mla else f"gqa_h{shape.heads}_kv{shape.kv_heads}"
+    cached = "" if shape.kv_dtype == shape.dtype else f"_kv{_SHORT[shape.kv_dtype]}"
+    return f"{heads}_{widths}_b{shape.block}_{_SHORT[shape.dtype]}{cached}"

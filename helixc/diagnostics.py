@@ -1,0 +1,95 @@
+"""What the compiler tells the user: a code, a place in the file, what was seen and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import StrEnum
+
+
+class Severity(StrEnum):
+    ERROR = "error"
+    WARNING = "warning"
+    NOTE = "note"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Characters of `file`, lines and columns counted from 1. The end column is the first one after the span."""
+
+    file: str
+    line: int
+    column: int
+    end_line: int
+    end_column: int
+
+    @classmethod
+    def start_of(cls, file: str) -> Span:
+        return cls(file, 1, 1, 1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Related:
+    """A second place that a finding is about, such as the first of two duplicate keys."""
+
+    message: str
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnostic:
+    """One finding. `help` is the way out."""
+
+    code: str
+    severity: Severity
+    message: str
+    span: Span
+    help: str | None = None
+    related: tuple[Related, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What every finding of one code shares. `explanation` is what `helixc explain CODE` prints below the title."""
+
+    code: str
+    severity: Severity
+    title: str
+    explanation: str
+
+    def at(self, span: Span, message: str, help: str | None = None, related: Iterable[Related] = ()) -> Diagnostic:
+        """The finding of this rule at `span`."""
+        return Diagnostic(self.code, self.severity, message, span, help, tuple(related))
+
+
+def has_errors(diagnostics: Iterable[Diagnostic]) -> bool:
+    return any(d.severity is Severity.ERROR for d in diagnostics)
+
+
+def in_file_order(diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:
+    """Sorted by place, without repetitions; findings at one place keep their order."""
+    return sorted(dict.fromkeys(diagnostics), key=lambda d: (d.span.line, d.span.column))
+
+
+def closest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice a user probably meant by `word`, or None."""
+    by_lower = {choice.lower(): choice for choice in choices}
+    found = get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[found[0]] if found else None
+
+
+def listed(words: Iterable[object], conjunction: str = "or") -> str:
+    """`a, b or c`."""
+    *most, last = map(str, words)
+    return f"{', '.join(most)} {conjunction} {last}" if most else last
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 error`, `2 errors`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def divisors(number: int) -> Iterator[int]:
+    """Divisors of `number` in ascending order."""
+    return (d for d in range(1, number + 1) if number % d == 0)

@@ -1,0 +1,1 @@
+"""The plan: lower a spec, place every rank, verify the result."""

@@ -1,0 +1,43 @@
+"""PyYAML's exceptions as findings, with advice on the frequent ones."""
+
+from __future__ import annotations
+
+import yaml
+from yaml.reader import ReaderError
+
+from helixc.diagnostics import Diagnostic, Related, Span
+from helixc.spec import rules
+from helixc.spec.source import LineTable
+
+_ADVICE = (
+    ("cannot start any token", "quote the text, or remove the character"),
+    ("mapping values are not allowed", "quote a text that holds `: `, or check this line's indentation"),
+    ("could not find expected ':'", "a key is followed by a colon and a space: `key: value`"),
+    ("expected <block end>", "lines of one mapping start in the same column"),
+    ("expected ',' or", "close the bracket, or separate the entries by commas"),
+    ("found undefined alias", "define it first: `key: &name value`"),
+    ("found duplicate anchor", "give each anchor its own name"),
+    ("end of stream", "close the quote"),
+)
+
+
+def syntax_error(table: LineTable, error: Exception) -> Diagnostic:
+    """What stopped PyYAML's reader, scanner, parser or composer. Any other ValueError comes from a quoted escape."""
+    if isinstance(error, ReaderError):
+        message = f"the control character U+{error.character:04X} is not allowed"
+        span = table.span(error.position, error.position)
+        return rules.NOT_TEXT.at(span, message, "remove it")
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return rules.YAML_SYNTAX.at(Span.start_of(table.file), f"a quoted text holds an impossible escape: {error}")
+    problem, mark, context = error.problem or "not valid YAML", error.problem_mark, error.context_mark
+    if problem == "second occurrence" and error.context:  # PyYAML says what it is about in the context only
+        problem, error.context = error.context.partition(";")[0], "first occurrence"
+    help = next((advice for part, advice in _ADVICE if part in problem), None)
+    if r"'\t'" in problem:
+        problem, help = "a tab indents this line", "YAML is indented by spaces only"
+    elif "end of stream" in problem and context is not None:
+        problem, mark, context = "this is never closed", context, None
+    related = []
+    if context is not None and error.context and context.index != mark.index:
+        related.append(Related(error.context, table.span(context.index, context.index)))
+    return rules.YAML_SYNTAX.at(table.span(mark.index, mark.index), problem, help, related)

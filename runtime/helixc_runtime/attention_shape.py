@@ -1,0 +1,61 @@
+"""The attention problem one rank solves: what both implementations of Ops, and the kernel selection, are built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from helixc_runtime.manifest import Dtype, Model, Rank
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """Local heads and dims of one rank.
+
+    `kv_heads` KV heads of width `head_dim` are read by `heads` query heads; partials are `partial_dim` wide. For MLA
+    the values are the first `partial_dim` columns of the one latent key, and only MLA has partial_dim != head_dim.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    partial_dim: int
+    rope_dim: int
+    interleaved: bool
+    scale: float  # of the scores, softmax_scale
+    block: int  # tokens a page
+    dtype: Dtype
+    kv_dtype: Dtype
+
+    def __post_init__(self) -> None:
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} query heads do not divide among {self.kv_heads} KV heads")
+        if self.is_mla and self.kv_heads != 1:
+            raise ValueError(f"MLA has one latent KV head, got {self.kv_heads}")
+        if self.rope_dim % 2 or self.rope_dim > self.head_dim or self.partial_dim > self.head_dim:
+            raise ValueError(f"rope_dim {self.rope_dim}, partial_dim {self.partial_dim}, head_dim {self.head_dim}")
+
+    @property
+    def is_mla(self) -> bool:
+        return self.partial_dim != self.head_dim
+
+    @property
+    def group(self) -> int:
+        """Query heads a KV head."""
+        return self.heads // self.kv_heads
+
+
+def attention_shape(model: Model, rank: Rank, block: int) -> AttentionShape:
+    """The shape of `rank` in a deployment with `block` tokens a page."""
+    arch = model.arch
+    return AttentionShape(
+        heads=rank.q_heads[1] - rank.q_heads[0],
+        kv_heads=rank.kv_heads[1] - rank.kv_heads[0],
+        head_dim=arch.head_dim,
+        partial_dim=arch.partial_dim,
+        rope_dim=arch.rope_dim,
+        interleaved=arch.rope.interleaved,
+        scale=arch.softmax_scale,
+        block=block,
+        dtype=model.dtype,
+        kv_dtype=model.kv_dtype,
+    )

@@ -1,0 +1,126 @@
+"""The seam between ranks: the collectives of one decode step over torch.distributed (gloo or NCCL)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from typing import Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from helixc_runtime.manifest import Groups, Plan, Rank
+from helixc_runtime.ops import Partial
+
+# Its name until torch 2.12 is deprecated since.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+GroupName = Literal["tp", "cp", "pp", "ffn_tp", "moe_tp", "moe_ep"]
+
+
+class Comm(Protocol):
+    """What the model asks of the other ranks of its instance. All ranks of a group call in the same order."""
+
+    def all_reduce(self, x: Tensor, group: GroupName) -> Tensor:
+        """Sum of `x` over the group, in place."""
+        ...
+
+    def all_gather(self, x: Tensor, group: GroupName) -> Tensor:
+        """[n, *x.shape]: every member's `x`, in group order."""
+        ...
+
+    def exchange(self, partial: Partial) -> Partial:
+        """All-to-all over the cp group: [B, H, P] of all heads -> [C, B, H / C, P], each rank's partial of my heads."""
+        ...
+
+    def send(self, x: Tensor, rank: int) -> None:
+        """Send `x` to a global rank."""
+        ...
+
+    def recv(self, x: Tensor, rank: int) -> Tensor:
+        """Fill `x` from a global rank."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """The process groups of one rank. `compute` moves tensors of the compute device, `control` (gloo) host tensors."""
+
+    compute: dict[str, dist.ProcessGroup]
+    control: dist.ProcessGroup  # all ranks of the instance, over gloo
+    store: TCPStore  # of the whole deployment
+
+
+def connect(plan: Plan, rank: Rank, device: torch.device, timeout: timedelta) -> Connection:
+    """Join the world of the plan and make this rank's groups. Uses torchrun's environment variables.
+
+    The world itself is gloo: context and generation ranks may share a GPU, which NCCL refuses in one communicator.
+    """
+    world = len(plan.ranks)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, world, is_master=rank.rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank.rank, world_size=world, timeout=timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+
+    def group(backend: str, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        key = (backend, ranks)
+        if key not in made:
+            made[key] = dist.new_group(list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True)
+        return made[key]
+
+    control = group("gloo", plan.instance_of(rank).ranks)
+    compute = {
+        field.name: group(backend, getattr(rank.groups, field.name))
+        for field in fields(Groups)
+        if len(getattr(rank.groups, field.name)) > 1
+    }
+    return Connection(compute, control, store)
+
+
+class TorchComm:
+    """Comm over torch.distributed. Groups of one rank cost nothing."""
+
+    def __init__(self, rank: Rank, groups: Mapping[str, dist.ProcessGroup]) -> None:
+        self.rank = rank
+        self.groups = groups
+
+    def all_reduce(self, x: Tensor, group: GroupName) -> Tensor:
+        if group in self.groups:
+            dist.all_reduce(x, group=self.groups[group])
+        return x
+
+    def all_gather(self, x: Tensor, group: GroupName) -> Tensor:
+        if group not in self.groups:
+            return x.unsqueeze(0)
+        size = len(getattr(self.rank.groups, group))
+        out = x.new_empty(size * x.shape[0], *x.shape[1:])
+        _all_gather(out, x.contiguous(), group=self.groups[group])
+        return out.view(size, *x.shape)
+
+    def exchange(self, partial: Partial) -> Partial:
+        cp = len(self.rank.groups.cp)
+        rows, heads, width = partial.o.shape
+        # O and LSE of one destination travel together, as bytes: one all-to-all a layer.
+        o = partial.o.view(rows, cp, heads // cp, width).transpose(0, 1).reshape(cp, -1)
+        lse = partial.lse.view(rows, cp, heads // cp).transpose(0, 1).reshape(cp, -1)
+        sent = torch.cat([o.view(torch.uint8), lse.view(torch.uint8)], dim=1)
+        received = sent
+        if cp > 1:
+            received = torch.empty_like(sent)
+            dist.all_to_all_single(received, sent, group=self.groups["cp"])
+        split = o.shape[1] * o.element_size()
+        o_all = received[:, :split].contiguous().view(o.dtype).view(cp, rows, heads // cp, width)
+        lse_all = received[:, split:].contiguous().view(torch.float32).view(cp, rows, heads // cp)
+        return Partial(o_all, lse_all)
+
+    def send(self, x: Tensor, rank: int) -> None:
+        dist.send(x.contiguous(), rank, group=self.groups["pp"])
+
+    def recv(self, x: Tensor, rank: int) -> Tensor:
+        dist.recv(x, rank, group=self.groups["pp"])
+        return x

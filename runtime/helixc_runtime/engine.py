@@ -1,0 +1,313 @@
+"""One rank's life: connect, load, then prefill prompts (context) or decode them with Helix (generation)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from helixc_runtime.artifact import Artifact, load
+from helixc_runtime.attention_shape import attention_shape
+from helixc_runtime.comm import Comm, Connection, TorchComm, connect
+from helixc_runtime.events import Emitter
+from helixc_runtime.handoff import DistTransport, Sending, outgoing, pack, receive
+from helixc_runtime.job import Job, Request
+from helixc_runtime.kv import KvCache, Row
+from helixc_runtime.manifest import DTYPE_BYTES, Instance, Plan, Rank
+from helixc_runtime.models.decoder import Decoder
+from helixc_runtime.ops import Ops
+from helixc_runtime.ops_torch import TorchOps
+from helixc_runtime.sampling import finish_reason, sample
+from helixc_runtime.scheduler import Scheduler, assigned, dp_rank, new_row
+from helixc_runtime.weights import load_weights
+
+# Collectives wait this long. A rank that dies closes its connections at once and one that hangs misses its
+# heartbeats; a long wait alone, behind a long prompt say, is no failure.
+COLLECTIVE_TIMEOUT = timedelta(hours=12)
+POLL_S = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What every part of a running rank needs."""
+
+    job: Job
+    plan: Plan
+    rank: Rank
+    instance: Instance
+    decoder: Decoder
+    connection: Connection
+    run_dir: Path
+    emit: Emitter
+
+    @property
+    def requests(self) -> list[Request]:
+        """The requests this instance serves, in order."""
+        return assigned(self.plan, self.instance, self.job.requests)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank decides for its instance."""
+        return self.rank.local_rank == 0
+
+    @property
+    def sampler(self) -> int:
+        """Global rank that samples for the instance: the first of the last stage."""
+        return self.instance.ranks[-self.instance.tp * self.instance.cp]
+
+    def broadcast(self, values: list[int], source: int, size: int) -> list[int]:
+        """`values` (at most `size`) of global rank `source`, on every rank of the instance."""
+        message = torch.zeros(size + 1, dtype=torch.int64)
+        if self.rank.rank == source:
+            message[0] = len(values)
+            message[1 : len(values) + 1] = torch.tensor(values, dtype=torch.int64)
+        dist.broadcast(message, source, group=self.connection.control)
+        return [int(v) for v in message[1 : int(message[0]) + 1]]
+
+
+def run(job: Job, rank: int, world_size: int, run_dir: Path, emit: Emitter) -> None:
+    """Run global rank `rank` of the job to its end. Raises on any failure; the launcher ends the others."""
+    artifact = load(Path(job.artifact))
+    plan, own = artifact.plan, artifact.plan.ranks[rank]
+    if world_size != len(plan.ranks):
+        raise ValueError(f"WORLD_SIZE is {world_size}, the plan has {len(plan.ranks)} ranks")
+    device = torch.device("cuda", own.device) if job.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(job.threads)
+    emit.emit("stage", stage="connect", done=0, total=1)
+    connection = connect(plan, own, device, COLLECTIVE_TIMEOUT)
+    with torch.inference_mode():
+        decoder = load_decoder(plan, own, TorchComm(own, connection.compute), device, emit)
+        session = Session(job, plan, own, plan.instance_of(own), decoder, connection, run_dir, emit)
+        if own.role == "context":
+            serve_context(session)
+        else:
+            serve_generation(session, make_ops(artifact, own, device, emit))
+    dist.barrier()  # nobody leaves while a peer may still need its connections
+    dist.destroy_process_group()
+
+
+def load_decoder(plan: Plan, rank: Rank, comm: Comm, device: torch.device, emit: Emitter) -> Decoder:
+    """This rank's part of the model, its weights loaded."""
+
+    def progress(done: int, total: int) -> None:
+        if done % 50 == 0 or done == total:
+            emit.emit("stage", stage="weights", done=done, total=total)
+
+    weights = load_weights(plan.model, plan.shards[rank.shard], device, progress)
+    dtype = getattr(torch, plan.model.dtype)
+    return Decoder(plan.model.arch, rank, weights, comm, device, dtype)
+
+
+def make_ops(artifact: Artifact, rank: Rank, device: torch.device, emit: Emitter) -> Ops:
+    """The fused operations: the artifact's cubins on a GPU, torch on the CPU."""
+    shape = attention_shape(artifact.plan.model, rank, artifact.plan.tokens_per_block)
+    if device.type == "cpu":
+        return TorchOps(shape)
+    from helixc_runtime.ops_cuda import CudaOps  # needs cuda-bindings, which a CPU launch does not
+
+    emit.emit("stage", stage="kernels", done=0, total=len(rank.kernels))
+    kernels = [kernel for kernel in artifact.plan.kernels if kernel.name in rank.kernels]
+    return CudaOps(shape, kernels, artifact.directory, device)
+
+
+# --- Context ----------------------------------------------------------------------------------------------------
+
+
+def serve_context(session: Session) -> None:
+    """Prefill this instance's requests in order, and hand each one's KV over."""
+    rotary, transport = session.decoder.rotary(), DistTransport()
+    under_way: list[Sending] = []
+    requests = session.requests
+    session.emit.emit("stage", stage="ready", done=1, total=1)
+    for done, request in enumerate(requests):
+        session.emit.emit("stage", stage="prefill", done=done, total=len(requests))
+        attends = not session.instance.attention_dp or session.rank.tp_rank == dp_rank(
+            session.plan, session.instance, request
+        )
+        tokens = torch.tensor(request.token_ids, device=session.decoder.device)
+        hidden, cached = session.decoder.prefill(tokens, rotary, attends=attends, on_layer=_layer_progress(session))
+        first = _first_token(session, request, hidden)
+        for sending in under_way:  # at most one prompt's KV waits to be taken
+            sending.wait()
+        under_way = []
+        if finish_reason(request, [first], session.plan.model.arch.eos_token_ids) is None:
+            moved = 0
+            for transfer, target in outgoing(session.plan, session.rank, request):
+                message = pack(session.plan, session.rank, request, transfer, cached)
+                under_way.append(transport.isend(message, target, request.index))
+                moved += message.numel() * DTYPE_BYTES[session.plan.model.kv_dtype]
+            session.emit.emit("handoff", request=request.index, bytes=moved)
+    for sending in under_way:
+        sending.wait()
+    session.emit.emit("stage", stage="prefill", done=len(requests), total=len(requests))
+
+
+def _first_token(session: Session, request: Request, hidden: Tensor) -> int:
+    """Sample the token after the prompt, tell the instance, and the generation instance through the store."""
+    chosen: list[int] = []
+    if session.decoder.is_last:
+        logits = session.decoder.logits(hidden[-1:])[0]
+        chosen = [sample(logits, request, len(request.token_ids))]
+        if session.rank.rank == session.sampler:
+            _keep_logits(session, request.index, "first", [logits])
+            session.emit.emit("prefilled", request=request.index, token=chosen[0])
+            session.connection.store.set(_ready_key(request), str(chosen[0]))
+    return session.broadcast(chosen, session.sampler, 1)[0]
+
+
+def _layer_progress(session: Session) -> Callable[[int], None]:
+    """A long prompt is seen to advance."""
+    last = time.monotonic()
+
+    def report(layer: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 1:
+            last = time.monotonic()
+            session.emit.emit("stage", stage="prefill_layer", done=layer, total=session.rank.layers[1])
+
+    return report
+
+
+def _ready_key(request: Request) -> str:
+    return f"helixc/prefilled/{request.index}"
+
+
+# --- Generation -------------------------------------------------------------------------------------------------
+
+
+def serve_generation(session: Session, ops: Ops) -> None:
+    """Decode this instance's requests, admitting each when its prompt is prefilled and its pages are free."""
+    cache = KvCache(session.plan.model, session.rank, session.plan.tokens_per_block, session.decoder.device)
+    scheduler = Scheduler(session.plan, session.instance, session.requests, cache.free_pages)
+    Generation(session, ops, cache, scheduler).run()
+
+
+class Generation:
+    """The decode loop of one rank. Every rank of the instance takes the same decisions, the leader's."""
+
+    def __init__(self, session: Session, ops: Ops, cache: KvCache, scheduler: Scheduler) -> None:
+        self.session, self.ops, self.cache, self.scheduler = session, ops, cache, scheduler
+        self.rotary = session.decoder.rotary()
+        self.transport = DistTransport()
+        self.requests = {r.index: r for r in session.requests}
+        self.rows: list[Row] = []
+        self.logits: dict[int, list[Tensor]] = {}
+        self.stored = 0
+        self.finished = 0
+
+    def run(self) -> None:
+        """Until every request is finished."""
+        self.session.emit.emit("stage", stage="ready", done=1, total=1)
+        while self.finished < len(self.requests):
+            self._admit()
+            if self.rows:
+                self._step()
+        self.session.emit.emit("kv_tokens", tokens=self.stored)
+
+    def _admit(self) -> None:
+        """Take in the requests that the leader found ready, and their KV."""
+        found = self._ready() if self.session.leads else []
+        limit = 2 * self.session.instance.max_batch_size
+        decided = self.session.broadcast(found, self.session.instance.ranks[0], limit)
+        for index, token in zip(decided[::2], decided[1::2], strict=True):
+            request = self.requests[index]
+            row = new_row(self.session.plan, self.session.instance, request, token)
+            if reason := finish_reason(request, row.tokens, self.session.plan.model.arch.eos_token_ids):
+                self._announce_finish(index, reason)
+                continue
+            if self._attends(row):
+                self.cache.reserve(row)
+                receive(self.session.plan, self.session.rank, request, row, self.cache, self.transport)
+            self.rows.append(row)
+
+    def _ready(self) -> list[int]:
+        """[index, first token, ...] of the requests to admit now; waits for one if there is nothing else to do."""
+        found: list[int] = []
+        while (request := self.scheduler.head()) and len(found) < 2 * self.session.instance.max_batch_size:
+            if not self.session.connection.store.check([_ready_key(request)]):
+                if self.rows or found:
+                    break
+                time.sleep(POLL_S)
+                continue
+            token = int(self.session.connection.store.get(_ready_key(request)))
+            if finish_reason(request, [token], self.session.plan.model.arch.eos_token_ids):
+                self.scheduler.skip(request)
+            else:
+                self.scheduler.admit(request)
+            found += [request.index, token]
+        return found
+
+    def _step(self) -> None:
+        """One token for every row."""
+        device = self.session.decoder.device
+        own = [i for i, row in enumerate(self.rows) if self._attends(row)]
+        batch = self.cache.batch([self.rows[i] for i in own], self.rotary) if own else None
+        subset = torch.tensor(own, device=device) if self.session.instance.attention_dp else None
+        tokens = torch.tensor([row.tokens[-1] for row in self.rows], device=device)
+        hidden = self.session.decoder.decode(tokens, subset, self.cache.layers, batch, self.rotary, self.ops)
+        for row, token in zip(self.rows, self._sample(hidden), strict=True):
+            row.tokens.append(token)
+            if self.session.leads:
+                self.session.emit.emit("token", request=row.index, token=token)
+        self._retire()
+
+    def _sample(self, hidden: Tensor) -> list[int]:
+        chosen: list[int] = []
+        if self.session.decoder.is_last:
+            logits = self.session.decoder.logits(hidden)
+            if self.session.rank.rank == self.session.sampler:
+                for row, scores in zip(self.rows, logits, strict=True):
+                    chosen.append(sample(scores, self.requests[row.index], row.position + 1))
+                    if self.session.job.keep_logits:
+                        self.logits.setdefault(row.index, []).append(scores)
+        return self.session.broadcast(chosen, self.session.sampler, self.session.instance.max_batch_size)
+
+    def _retire(self) -> None:
+        """Let finished rows go, their pages with them."""
+        going = []
+        for row in self.rows:
+            request = self.requests[row.index]
+            reason = finish_reason(request, row.tokens, self.session.plan.model.arch.eos_token_ids)
+            if reason is None:
+                going.append(row)
+                continue
+            if self._attends(row):
+                self.stored += self.cache.stored(row)
+                self.cache.release(row)
+            if self.session.leads:
+                self.scheduler.finish(request)
+            if row.index in self.logits:
+                _keep_logits(self.session, row.index, "rest", self.logits.pop(row.index))
+            self._announce_finish(row.index, reason)
+        self.rows = going
+
+    def _announce_finish(self, index: int, reason: str) -> None:
+        self.finished += 1
+        if self.session.leads:
+            self.session.emit.emit("finished", request=index, reason=reason)
+
+    def _attends(self, row: Row) -> bool:
+        return not self.session.instance.attention_dp or row.dp_rank == self.session.rank.tp_rank
+
+
+def _keep_logits(session: Session, index: int, part: str, logits: list[Tensor]) -> None:
+    """For --verify: [tokens, vocab] float32 of one request, in the run directory."""
+    if session.job.keep_logits:
+        path = logits_file(session.run_dir, index, part)
+        path.parent.mkdir(exist_ok=True)
+        save_file({"logits": torch.stack(logits).cpu()}, path)
+
+
+def logits_file(run_dir: Path, index: int, part: str) -> Path:
+    """Where the logits of request `index` are kept: part "first" from the context instance, "rest" from decoding."""
+    return run_dir / "logits" / f"{index}.{part}.safetensors"

@@ -1,0 +1,117 @@
+"""The paged KV cache of one generation rank: this rank's shard of every request, block-cyclic by global position.
+
+A page holds one block. Page k of a request on cp rank r is global block k * cp + r, so the page table of a request is
+simply its pages in order, and the slot formulas of manifest.py say where a position lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from helixc_runtime.manifest import Model, Rank, local_length, local_slot, owner
+from helixc_runtime.models.rotary import Rotary
+from helixc_runtime.ops import DecodeBatch, LayerCache
+
+
+@dataclass(slots=True)
+class Row:
+    """A request being decoded. The last token of `tokens` is not cached yet: it is the next step's input."""
+
+    index: int
+    prompt_length: int
+    max_tokens: int
+    dp_rank: int  # which data-parallel rank attends for it; 0 without attention data parallelism
+    tokens: list[int] = field(default_factory=list)  # generated
+
+    @property
+    def position(self) -> int:
+        """Global position of the next input token: L, L + 1, L + 2, ..."""
+        return self.prompt_length + len(self.tokens) - 1
+
+
+def pages_needed(total: int, block: int, cp: int) -> int:
+    """Pages that the fullest rank (cp rank 0) needs for `total` tokens; every rank reserves as many."""
+    return -(-local_length(total, block, cp, 0) // block)
+
+
+class KvCache:
+    """Pages of all layers of this rank, and which request has which."""
+
+    def __init__(self, model: Model, rank: Rank, block: int, device: torch.device) -> None:
+        self.block, self.cp, self.cp_rank, self.device = block, len(rank.groups.cp), rank.cp_rank, device
+        pages = max(1, rank.memory.kv_capacity_tokens // block)
+        heads, dim = rank.kv_heads[1] - rank.kv_heads[0], model.arch.head_dim
+        dtype = getattr(torch, model.kv_dtype)
+        shape = (pages, block, dim) if model.arch.mla else (pages, heads, block, dim)
+
+        def pool() -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        layers = range(*rank.layers)
+        self.layers = [LayerCache(pool(), None if model.arch.mla else pool()) for _ in layers]
+        self._free = list(range(pages - 1, -1, -1))
+        self._tables: dict[int, list[int]] = {}
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    def reserve(self, row: Row) -> None:
+        """Take all pages the request can ever need, so that decoding cannot run out."""
+        count = pages_needed(row.prompt_length + row.max_tokens, self.block, self.cp)
+        assert count <= len(self._free), "admission is the scheduler's: it counts the same pages"
+        self._tables[row.index] = [self._free.pop() for _ in range(count)]
+
+    def release(self, row: Row) -> None:
+        """Give the request's pages back."""
+        self._free += reversed(self._tables.pop(row.index))
+
+    def stored(self, row: Row) -> int:
+        """Tokens of the request cached on this rank."""
+        return local_length(row.position, self.block, self.cp, self.cp_rank)
+
+    def write_prompt(self, row: Row, layer: int, heads: slice, kv: Tensor) -> None:
+        """Store the first n local tokens of one local layer.
+
+        MLA: kv [n, latent + rope]; GQA: kv [2, len(heads), n, D] for the local KV heads `heads`.
+        """
+        cache, block = self.layers[layer], self.block
+        whole, rest = divmod(kv.shape[-2], block)
+        pages = torch.tensor(self._tables[row.index], device=self.device)
+        parts = [(pages[:whole], slice(0, whole * block), block)]
+        if rest:
+            parts.append((pages[whole : whole + 1], slice(whole * block, None), rest))
+        for where, tokens, size in parts:
+            if cache.v is None:
+                cache.k[where, :size] = kv[tokens].view(-1, size, kv.shape[-1])
+            else:
+                split = kv[:, :, tokens].reshape(2, kv.shape[1], -1, size, kv.shape[3]).transpose(1, 2)  # [2, pages, heads, size, D]
+                cache.k[where, heads, :size] = split[0]
+                cache.v[where, heads, :size] = split[1]
+
+    def batch(self, rows: Sequence[Row], rotary: Rotary) -> DecodeBatch:
+        """The next step of `rows`, seen from this rank."""
+        positions = [row.position for row in rows]
+        tables = [self._tables[row.index] for row in rows]
+        owned = [owner(p, self.block, self.cp) == self.cp_rank for p in positions]
+        slots = [self._physical(t, p) if mine else 0 for t, p, mine in zip(tables, positions, owned, strict=True)]
+        lengths = [local_length(p + 1, self.block, self.cp, self.cp_rank) for p in positions]
+        width = max(len(table) for table in tables)
+        padded = [table + [0] * (width - len(table)) for table in tables]
+        cos, sin = rotary.angles(torch.tensor(positions, device=self.device))
+        return DecodeBatch(
+            cos=cos,
+            sin=sin,
+            page_table=torch.tensor(padded, dtype=torch.int32, device=self.device),
+            lengths=torch.tensor(lengths, dtype=torch.int32, device=self.device),
+            owned=torch.tensor(owned, dtype=torch.uint8, device=self.device),
+            slots=torch.tensor(slots, dtype=torch.int64, device=self.device),
+        )
+
+    def _physical(self, table: list[int], position: int) -> int:
+        page, offset = divmod(local_slot(position, self.block, self.cp), self.block)
+        return table[page] * self.block + offset

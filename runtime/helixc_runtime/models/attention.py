@@ -1,0 +1,127 @@
+"""Attention of one rank: prefill over a whole prompt, and Helix decode over this rank's shard of the KV.
+
+Both return this rank's summand of the layer's output, [N, hidden], before the sum over the repurposed ranks: the rows
+of o_proj it multiplies are the heads it holds after the exchange.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from helixc_runtime.comm import Comm
+from helixc_runtime.manifest import Mla, ModelArch
+from helixc_runtime.models.layers import rms_norm
+from helixc_runtime.models.rotary import Rotary, rotate
+from helixc_runtime.ops import DecodeBatch, LayerCache, Ops
+from helixc_runtime.weights import Weights
+
+LATENT_NORM_EPS = 1e-6  # of q_a and kv_a norms: fixed in the published models, whatever rms_norm_eps says
+
+
+class Attention(Protocol):
+    """Both kinds of attention."""
+
+    def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Causal attention over one prompt, x [L, hidden].
+
+        Returns (summand [L, hidden], KV to cache: MLA [L, latent + rope], GQA [2, KH, L, D]).
+        """
+        ...
+
+    def decode(self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, comm: Comm) -> Tensor:
+        """One new token a row, x [B, hidden] -> summand [B, hidden]."""
+        ...
+
+
+def make_attention(arch: ModelArch, weights: Weights, rotary: Rotary) -> Attention:
+    """The attention `arch` has."""
+    return MlaAttention(arch, arch.mla, weights, rotary) if arch.mla else GqaAttention(arch, weights, rotary)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of q [L, H, D] over k [L, KH, D] and v [L, KH, V] -> [L, H, V]."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.squeeze(0).transpose(0, 1)
+
+
+class GqaAttention:
+    """Grouped-query attention (Llama, Qwen3): heads q, KV heads kv of this rank."""
+
+    def __init__(self, arch: ModelArch, weights: Weights, rotary: Rotary) -> None:
+        self.arch, self.weights, self.rotary = arch, weights, rotary
+
+    def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        q, k, v = self._project(layer, x)
+        q, k = (rotate(t, *angles, interleaved=self.rotary.interleaved) for t in (q, k))
+        out = _causal(q, k, v, self.arch.softmax_scale)  # [L, H, D]
+        return F.linear(out.flatten(1), self.weights("o", layer)), torch.stack((k, v)).transpose(1, 2)
+
+    def decode(self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, comm: Comm) -> Tensor:
+        q, k, v = self._project(layer, x)
+        q = ops.append(q, k, v, cache, batch)
+        received = comm.exchange(ops.attend(q, cache, batch))  # [C, B, H / C, D]
+        out = ops.combine(received.o, received.lse).o
+        return F.linear(out.flatten(1), self.weights("o", layer))
+
+    def _project(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [N, H, D], k and v [N, KH, D], normed where the model has q/k norms, not yet rotated."""
+        q, k, v = (
+            F.linear(x, self.weights(name, layer), self.weights.get(f"{name}_bias", layer)).view(
+                len(x), -1, self.arch.head_dim
+            )
+            for name in ("q", "k", "v")
+        )
+        if self.arch.qk_norm:
+            q = rms_norm(q, self.weights("q_norm", layer), self.arch.norm_eps)
+            k = rms_norm(k, self.weights("k_norm", layer), self.arch.norm_eps)
+        return q, k, v
+
+
+class MlaAttention:
+    """Multi-head latent attention (DeepSeek). Decode is absorbed: queries go to the latent space, W_UV comes last."""
+
+    def __init__(self, arch: ModelArch, mla: Mla, weights: Weights, rotary: Rotary) -> None:
+        self.arch, self.mla, self.weights, self.rotary = arch, mla, weights, rotary
+
+    def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        q_nope, q_rope = self._queries(layer, x)
+        latent, k_rope = self._latent(layer, x)
+        q_rope, k_rope = (rotate(t, *angles, interleaved=self.rotary.interleaved) for t in (q_rope, k_rope))
+        k_nope = torch.einsum("lc,hdc->lhd", latent, self.weights("k_up", layer))
+        v = torch.einsum("lc,hdc->lhd", latent, self.weights("v_up", layer))
+        k = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1)), dim=-1)
+        out = _causal(torch.cat((q_nope, q_rope), dim=-1), k, v, self.arch.softmax_scale)
+        return F.linear(out.flatten(1), self.weights("o", layer)), torch.cat((latent, k_rope.squeeze(1)), dim=-1)
+
+    def decode(self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, comm: Comm) -> Tensor:
+        q_nope, q_rope = self._queries(layer, x)
+        latent, k_rope = self._latent(layer, x)
+        absorbed = torch.einsum("bhd,hdc->bhc", q_nope, self.weights("k_up", layer))
+        q = torch.cat((absorbed, q_rope), dim=-1)  # [B, H, latent + rope]
+        k = torch.cat((latent.unsqueeze(1), k_rope), dim=-1)  # [B, 1, latent + rope]
+        q = ops.append(q, k, None, cache, batch)
+        received = comm.exchange(ops.attend(q, cache, batch))  # [C, B, H / C, latent]
+        merged = ops.combine(received.o, received.lse).o
+        out = torch.einsum("bhc,hdc->bhd", merged, self.weights("v_up", layer))
+        return F.linear(out.flatten(1), self.weights("o", layer))
+
+    def _queries(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """q_nope [N, H, nope] and q_rope [N, H, rope] of all heads attended before the exchange."""
+        name = "q"
+        if self.mla.q_lora_rank is not None:
+            x = F.linear(x, self.weights("q_a", layer), self.weights.get("q_a_bias", layer))
+            x, name = rms_norm(x, self.weights("q_a_norm", layer), LATENT_NORM_EPS), "q_b"
+        nope, rope = self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim
+        q = F.linear(x, self.weights(name, layer)).view(len(x), -1, nope + rope)
+        return q[..., :nope], q[..., nope:]
+
+    def _latent(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The normed latent [N, latent] and the shared rope key [N, 1, rope], not yet rotated."""
+        kv = F.linear(x, self.weights("kv_a", layer), self.weights.get("kv_a_bias", layer))
+        latent, k_rope = kv[:, : self.mla.kv_lora_rank], kv[:, self.mla.kv_lora_rank :]
+        return rms_norm(latent, self.weights("kv_a_norm", layer), LATENT_NORM_EPS), k_rope.unsqueeze(1)

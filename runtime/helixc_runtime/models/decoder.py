@@ -1,0 +1,133 @@
+"""One pipeline stage of a decoder-only model, sharded over the ranks of that stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from helixc_runtime.comm import Comm
+from helixc_runtime.manifest import ModelArch, Rank, split
+from helixc_runtime.models.attention import make_attention
+from helixc_runtime.models.layers import mixture, mlp, rms_norm
+from helixc_runtime.models.rotary import Rotary
+from helixc_runtime.ops import DecodeBatch, LayerCache, Ops
+from helixc_runtime.weights import Weights
+
+Attend = Callable[[int, Tensor], Tensor]  # (layer, normed hidden [N, hidden]) -> this rank's summand
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """Layers `rank.layers` of the model, with the embedding on the first stage and the LM head on the last."""
+
+    arch: ModelArch
+    rank: Rank
+    weights: Weights
+    comm: Comm
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank.layers[0] == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank.layers[1] == self.arch.num_layers
+
+    def rotary(self) -> Rotary:
+        """The model's rotary embedding on this device."""
+        return Rotary(self.arch.rope, self.arch.rope_dim, self.device)
+
+    def prefill(
+        self, tokens: Tensor, rotary: Rotary, *, attends: bool, on_layer: Callable[[int], None] = lambda _: None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states [L, hidden] after this stage for one prompt, tokens [L], and the KV of its layers.
+
+        `attends` False: another data-parallel rank has this request; this one only takes part in the FFN.
+        """
+        attention = make_attention(self.arch, self.weights, rotary)
+        angles = rotary.angles(torch.arange(tokens.shape[0], device=self.device))
+        cached: list[Tensor] = []
+
+        def attend(layer: int, x: Tensor) -> Tensor:
+            on_layer(layer)
+            if not attends:
+                return torch.zeros_like(x)
+            out, kv = attention.prefill(layer, x, angles)
+            cached.append(kv)
+            return out
+
+        return self._stage(tokens, attend), cached
+
+    def decode(
+        self,
+        tokens: Tensor,
+        rows: Tensor | None,
+        caches: list[LayerCache],
+        batch: DecodeBatch | None,
+        rotary: Rotary,
+        ops: Ops,
+    ) -> Tensor:
+        """Hidden states [B, hidden] after this stage for one new token a row, tokens [B].
+
+        `rows`: the rows this data-parallel rank attends for; None for all. `batch` describes those rows, and is None
+        when there are none.
+        """
+        attention = make_attention(self.arch, self.weights, rotary)
+
+        def attend(layer: int, x: Tensor) -> Tensor:
+            if batch is None:
+                return torch.zeros_like(x)
+            own = x if rows is None else x[rows]
+            out = attention.decode(layer, own, caches[layer - self.rank.layers[0]], batch, ops, self.comm)
+            return out if rows is None else torch.zeros_like(x).index_copy_(0, rows, out)
+
+        return self._stage(tokens, attend)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [N, vocab] float32, the same on every rank of the last stage."""
+        x = rms_norm(hidden, self.weights("norm"), self.arch.norm_eps)
+        local = F.linear(x, self.weights("head")).float()
+        parts = len(self.rank.groups.ffn_tp)
+        sizes = [hi - lo for lo, hi in (split(self.arch.vocab_size, parts, i) for i in range(parts))]
+        gathered = self.comm.all_gather(F.pad(local, (0, max(sizes) - local.shape[1])), "ffn_tp")
+        return torch.cat([part[:, :size] for part, size in zip(gathered, sizes, strict=True)], dim=1)
+
+    def _stage(self, tokens: Tensor, attend: Attend) -> Tensor:
+        group, stage = self.rank.groups.pp, self.rank.pp_rank
+        if self.is_first:
+            x = self._embed(tokens)
+        else:
+            empty = torch.empty(len(tokens), self.arch.hidden_size, dtype=self.dtype, device=self.device)
+            x = self.comm.recv(empty, group[stage - 1])
+        for layer in range(*self.rank.layers):
+            x = self._layer(layer, x, attend)
+        if not self.is_last:
+            self.comm.send(x, group[stage + 1])
+        return x
+
+    def _layer(self, layer: int, x: Tensor, attend: Attend) -> Tensor:
+        attended = attend(layer, rms_norm(x, self.weights("input_norm", layer), self.arch.norm_eps))
+        x = x + self.comm.all_reduce(attended, "ffn_tp")
+        if (bias := self.weights.get("o_bias", layer)) is not None:
+            x = x + bias
+        normed = rms_norm(x, self.weights("post_norm", layer), self.arch.norm_eps)
+        return x + self.comm.all_reduce(self._ffn(layer, normed), "ffn_tp")
+
+    def _ffn(self, layer: int, x: Tensor) -> Tensor:
+        if self.arch.moe and self.arch.is_moe(layer):
+            return mixture(self.weights, layer, self.arch.moe, self.rank, x)
+        return mlp(self.weights, layer, x)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """The vocabulary is sharded: rows of other ranks contribute zeros to the sum."""
+        table = self.weights("embed")
+        lo, hi = split(self.arch.vocab_size, len(self.rank.groups.ffn_tp), self.rank.ffn_tp_rank)
+        mine = (tokens >= lo) & (tokens < hi)
+        rows = table[(tokens - lo).clamp(0, hi - lo - 1)].masked_fill(~mine.unsqueeze(1), 0.0)
+        return self.comm.all_reduce(rows, "ffn_tp")

@@ -1,0 +1,70 @@
+"""The pieces around attention: norms, the gated MLP and the mixture of experts, each over this rank's shard."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from helixc_runtime.manifest import Moe, Rank
+from helixc_runtime.weights import Weights
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dim, in float32 until the weight is applied (as the published models do)."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """down(silu(gate x) * up x) of this rank's rows: a summand of the whole, [N, hidden]."""
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def mlp(weights: Weights, layer: int, x: Tensor) -> Tensor:
+    """This rank's summand of a dense layer's MLP."""
+    return gated_mlp(x, weights("mlp_gate", layer), weights("mlp_up", layer), weights("mlp_down", layer))
+
+
+def route(moe: Moe, logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Experts [N, top_k] and their weights [N, top_k] float32, from router logits [N, experts] float32.
+
+    DeepSeek-V3: sigmoid scores, a bias for the choice only, groups ranked by their two best. V2: softmax scores,
+    groups ranked by their best. Qwen3-MoE: softmax, no groups.
+    """
+    scores = logits.sigmoid() if moe.scoring == "sigmoid" else logits.softmax(dim=-1)
+    choice = scores if bias is None else scores + bias
+    if moe.groups > 1:
+        choice = choice.masked_fill(~_allowed(moe, choice), -torch.inf)
+    experts = choice.topk(moe.top_k, dim=-1).indices
+    weights = scores.gather(1, experts)
+    if moe.normalize:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+    return experts, weights * moe.scale
+
+
+def _allowed(moe: Moe, choice: Tensor) -> Tensor:
+    """Mask [N, experts] of the experts in each row's best `top_groups` groups."""
+    grouped = choice.view(-1, moe.groups, moe.experts // moe.groups)
+    rank_by = grouped.topk(2, dim=-1).values.sum(-1) if moe.group_score == "top2_sum" else grouped.amax(-1)
+    best = rank_by.topk(moe.top_groups, dim=-1).indices
+    mask = torch.zeros_like(rank_by, dtype=torch.bool).scatter_(1, best, True)
+    return mask.unsqueeze(-1).expand_as(grouped).reshape(choice.shape)
+
+
+def mixture(weights: Weights, layer: int, moe: Moe, rank: Rank, x: Tensor) -> Tensor:
+    """This rank's summand of an MoE layer: its rows of its experts, and of the shared experts. x is [N, hidden]."""
+    assert rank.experts is not None
+    logits = F.linear(x.float(), weights("router", layer).float())
+    experts, factors = route(moe, logits, weights.get("router_bias", layer))
+    out = torch.zeros_like(x)
+    gate, up, down = (weights(f"expert_{part}", layer) for part in ("gate", "up", "down"))
+    lo, hi = rank.experts
+    for expert in (e for e in torch.unique(experts).tolist() if lo <= e < hi):
+        rows, slot = torch.where(experts == expert)
+        y = gated_mlp(x[rows], gate[expert - lo], up[expert - lo], down[expert - lo])
+        out.index_add_(0, rows, (y * factors[rows, slot].unsqueeze(1)).to(out.dtype))
+    if moe.shared_intermediate_size:
+        shared = (weights(f"shared_{part}", layer) for part in ("gate", "up", "down"))
+        out += gated_mlp(x, *shared)
+    return out

@@ -1,0 +1,103 @@
+"""Ops in plain torch: the oracle of the cubins, and what a launch on the CPU runs.
+
+Arithmetic is float32, or float64 where an input is float64. What must not be read is sliced or masked away, never
+multiplied by zero: unused memory may hold NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from helixc_runtime.attention_shape import AttentionShape
+from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
+from helixc_runtime.shape_checks import check_append, check_attend, check_combine
+
+
+class TorchOps:
+    """Ops for one rank's `shape`, on any device and any floating dtype; `shape.dtype` is not enforced."""
+
+    def __init__(self, shape: AttentionShape) -> None:
+        self.shape = shape
+
+    def append(self, q: Tensor, k: Tensor, v: Tensor | None, cache: LayerCache, batch: DecodeBatch) -> Tensor:
+        """See Ops.append. Raises ValueError on a shape mismatch."""
+        check_append(self.shape, q, k, v, cache, batch)
+        rows = batch.owned.nonzero().squeeze(1)
+        page = batch.slots[rows] // self.shape.block
+        offset = batch.slots[rows] % self.shape.block
+        rotated = self._rotate(k, batch)[rows]  # [owned rows, KH, D]
+        if v is None:
+            cache.k[page, offset] = rotated[:, 0].to(cache.k.dtype)
+        else:
+            assert cache.v is not None
+            cache.k[page, :, offset] = rotated.to(cache.k.dtype)
+            cache.v[page, :, offset] = v[rows].to(cache.v.dtype)
+        return self._rotate(q, batch)
+
+    def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Partial:
+        """See Ops.attend. Raises ValueError on a shape mismatch, or a length beyond the row's page table."""
+        check_attend(self.shape, q, cache, batch)
+        rows, heads, width = q.shape[0], self.shape.heads, self.shape.partial_dim
+        compute = _compute_dtype(q, cache.k)
+        o = torch.zeros(rows, heads, width, dtype=compute, device=q.device)
+        lse = torch.full((rows, heads), -torch.inf, dtype=compute, device=q.device)
+        for row, length in enumerate(batch.lengths.tolist()):
+            if length == 0:
+                continue
+            k, v = self._gather(cache, batch.page_table[row], length)
+            o[row], lse[row] = self._attend_row(q[row].to(compute), k.to(compute), v.to(compute))
+        return Partial(o.to(q.dtype), lse)
+
+    def combine(self, o: Tensor, lse: Tensor) -> Partial:
+        """See Ops.combine. Raises ValueError on a shape mismatch."""
+        check_combine(self.shape, o, lse)
+        compute = _compute_dtype(o, lse)
+        lse = lse.to(compute)
+        empty = torch.isneginf(lse)  # [N, B, H]
+        largest = lse.amax(dim=0)
+        anchor = largest.masked_fill(torch.isneginf(largest), 0.0)  # all parts empty: -inf - -inf would be NaN
+        weight = torch.exp(lse - anchor)
+        total = weight.sum(dim=0)  # [B, H]; 0 where every part is empty
+        parts = o.to(compute).masked_fill(empty.unsqueeze(-1), 0.0)
+        merged = (weight.unsqueeze(-1) * parts).sum(dim=0) / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
+        return Partial(merged.to(o.dtype), anchor + torch.log(total))
+
+    def _rotate(self, x: Tensor, batch: DecodeBatch) -> Tensor:
+        """Rotate the last rope_dim dims of x [B, heads, D]; the result has x's dtype and its own memory."""
+        width = self.shape.rope_dim
+        compute = _compute_dtype(x, batch.cos)
+        cos, sin = batch.cos.to(compute).unsqueeze(1), batch.sin.to(compute).unsqueeze(1)
+        tail = x[..., x.shape[-1] - width :].to(compute)
+        out = x.clone()
+        if self.shape.interleaved:
+            first, second = tail[..., 0::2], tail[..., 1::2]
+            turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+        else:
+            first, second = tail.chunk(2, dim=-1)
+            turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        out[..., x.shape[-1] - width :] = turned.to(x.dtype)
+        return out
+
+    def _gather(self, cache: LayerCache, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` tokens of one row: k [KH, length, D] and v [KH, length, P]."""
+        block = self.shape.block
+        if length < 0 or length > table.shape[0] * block:
+            raise ValueError(f"length {length} is outside a page table of {table.shape[0]} pages of {block} tokens")
+        pages = table[: -(-length // block)].long()
+        if cache.v is None:
+            latent = cache.k[pages].flatten(0, 1)[:length].unsqueeze(0)
+            return latent, latent[..., : self.shape.partial_dim]
+        k, v = (t[pages].transpose(0, 1).flatten(1, 2)[:, :length] for t in (cache.k, cache.v))
+        return k, v
+
+    def _attend_row(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """q [H, D], k [KH, L, D], v [KH, L, P] -> o [H, P], natural-log lse [H]."""
+        grouped = q.view(self.shape.kv_heads, self.shape.group, -1)
+        scores = torch.matmul(grouped, k.transpose(1, 2)) * self.shape.scale  # [KH, G, L]
+        o = torch.matmul(torch.softmax(scores, dim=-1), v)
+        return o.flatten(0, 1), torch.logsumexp(scores, dim=-1).flatten()
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -1,0 +1,27 @@
+// Conversions that are one PTX instruction. Apart from the rest so that the tests can run the kernels' own source on a
+// CPU with another version of this file.
+#pragma once
+
+#define HELIX_DEVICE __device__ __forceinline__
+
+namespace helix {
+
+HELIX_DEVICE float float16_bits_to_float(unsigned short bits) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
+  return y;
+}
+
+HELIX_DEVICE unsigned short float_to_bfloat16_bits(float x) {
+  unsigned short bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+
+HELIX_DEVICE unsigned short float_to_float16_bits(float x) {
+  unsigned short bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+
+}  // namespace helix

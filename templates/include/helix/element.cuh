@@ -1,0 +1,36 @@
+// Element types and their conversions, without any CUDA header (NVRTC finds none unless told where).
+#pragma once
+#include "helix/convert.cuh"
+
+namespace helix {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+struct bfloat16 { u16 bits; };
+struct float16 { u16 bits; };
+using float32 = float;
+
+// 16 bytes: the widest load and store of one thread.
+struct alignas(16) Vector16 { u32 words[4]; };
+
+HELIX_DEVICE float minus_infinity() { return __int_as_float(0xff800000); }
+HELIX_DEVICE bool is_minus_infinity(float x) { return __float_as_int(x) == int(0xff800000); }
+
+HELIX_DEVICE float to_float(float x) { return x; }
+HELIX_DEVICE float to_float(bfloat16 x) { return __int_as_float(int(u32(x.bits) << 16)); }
+HELIX_DEVICE float to_float(float16 x) { return float16_bits_to_float(x.bits); }
+
+// Round to nearest even.
+template <class T> HELIX_DEVICE T from_float(float x);
+template <> HELIX_DEVICE float from_float<float>(float x) { return x; }
+template <> HELIX_DEVICE bfloat16 from_float<bfloat16>(float x) { return {float_to_bfloat16_bits(x)}; }
+template <> HELIX_DEVICE float16 from_float<float16>(float x) { return {float_to_float16_bits(x)}; }
+
+// From the model's dtype to the cache's.
+template <class To, class From> HELIX_DEVICE To convert(From x) { return from_float<To>(to_float(x)); }
+
+}  // namespace helix

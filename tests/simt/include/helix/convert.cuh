@@ -1,0 +1,28 @@
+// The conversions of templates/include/helix/convert.cuh for a CPU.
+#pragma once
+
+#define HELIX_DEVICE inline
+
+namespace helix {
+
+inline float float16_bits_to_float(unsigned short bits) {
+  _Float16 x;
+  std::memcpy(&x, &bits, sizeof x);
+  return float(x);
+}
+
+inline unsigned short float_to_float16_bits(float x) {
+  const _Float16 y = _Float16(x);
+  unsigned short bits;
+  std::memcpy(&bits, &y, sizeof bits);
+  return bits;
+}
+
+inline unsigned short float_to_bfloat16_bits(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (std::isnan(x)) return 0x7fff;
+  return (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace helix

@@ -1,0 +1,136 @@
+"""Which kernels are chosen, and how their text is made. No NVRTC."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from helixc.codegen.build import render_all
+from helixc.codegen.config import configure
+from helixc.codegen.problem import problems
+from helixc.codegen.render import Renderer, RenderError
+from helixc.codegen.select import names_for, select
+from helixc.codegen.template_root import template_root
+from helixc_runtime.manifest import SCHEMA, Groups, Instance, Memory, Model, ModelArch, Plan, Rank, Role, Rope
+from tests.gpu.kernel_cases import gqa, mla
+
+
+def test_names_say_what_a_kernel_is_specialised_on() -> None:
+    names = [spec.name for spec in problems(mla(64, 32), 2, "sm_90a")]
+    assert names == [
+        "append_mla_h64_d576_r64_b32_bf16",
+        "partial_mla_h64_d576_b32_bf16",
+        "merge_p512_bf16",
+        "combine_cp2_p512_bf16",
+    ]
+    assert problems(gqa(8, 1, 128, 32), 1, "sm_90a")[3].name == "combine_cp1_p128_bf16"
+    assert problems(gqa(8, 1, 128, 32, "float16"), 1, "")[1].name == "partial_gqa_h8_kv1_d128_b32_f16"
+
+
+@pytest.mark.parametrize("group", [*range(1, 18), 128])
+def test_head_tiles_cover_the_group(group: int) -> None:
+    tile = configure(problems(gqa(group, 1, 64, 32), 1, "sm_90a")[1]).head_tile
+    assert tile is not None and 1 <= tile <= 8
+    assert -(-group // tile) == -(-group // 8)  # as few tiles as with full ones
+
+
+def _arch(heads: int, kv_heads: int) -> ModelArch:
+    rope = Rope(theta=10_000.0, interleaved=False)
+    return ModelArch(
+        "LlamaForCausalLM",
+        512,
+        4,
+        heads,
+        kv_heads,
+        64,
+        1024,
+        1000,
+        2048,
+        1e-5,
+        rope,
+        None,
+        None,
+        False,
+        False,
+        True,
+        (0,),
+    )
+
+
+def _rank(number: int, role: Role, q_heads: int, kv_heads: int) -> Rank:
+    alone = Groups(*[(number,)] * 6)
+    memory = Memory(0, 0, 0, 0, 0)
+    coordinates = (0,) * 10
+    return Rank(
+        number, role, *coordinates, alone, (0, 4), (8, 8 + q_heads), (2, 2 + kv_heads), (0, 1), None, 0, memory, ()
+    )
+
+
+def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
+    model = Model("m", None, "dummy", 0, "bfloat16", "bfloat16", _arch(32, 8))
+    context = Instance("context", 0, (0,), 1, 1, 1, 1, 1, False, 4, 128)
+    generation = Instance("generation", 0, (1, 2), 2, 2, 1, 4, 1, False, 4, 128)
+    ranks = (_rank(0, "context", 32, 8), _rank(1, "generation", 16, 4), _rank(2, "generation", 16, 4))
+    plan = Plan(SCHEMA, "p", model, 32, (context, generation), ranks, (), (), ranks[0], ())
+    specs = select(plan, ("sm_90a", "sm_100a"))
+    names = names_for(model, ranks[1], generation, 32)
+    assert names == (
+        "append_gqa_h16_kv4_d64_r64_b32_bf16",
+        "partial_gqa_h16_kv4_d64_b32_bf16",
+        "merge_p64_bf16",
+        "combine_cp2_p64_bf16",
+    )
+    assert [(s.arch, s.name) for s in specs] == [(arch, name) for arch in ("sm_90a", "sm_100a") for name in names]
+    assert names_for(model, ranks[0], context, 32) == ()
+    planned = configure(specs[1]).planned()
+    assert planned.params["scale"] == 0.125 and planned.cubin is None
+
+
+def test_dims_no_kernel_serves() -> None:
+    with pytest.raises(ValueError, match="head_dim 12 is not a multiple of 8"):
+        configure(problems(gqa(2, 1, 12, 32), 1, "sm_90a")[1])
+    with pytest.raises(ValueError, match="does not fit 49152 bytes of shared memory"):
+        configure(problems(gqa(2, 1, 8192, 32), 1, "sm_90a")[1])
+
+
+def test_a_template_line_is_the_line_of_the_message() -> None:
+    """The text after #line 1 is the template line by line: no template holds a statement."""
+    for source in render_all(problems(mla(16, 4), 2, "sm_90a")):
+        template = template_root() / "kernels" / f"{source.config.spec.template}.cu.j2"
+        assert "{%" not in template.read_text()
+        marker = f'#line 1 "kernels/{template.name}"\n'
+        assert source.text.partition(marker)[2].count("\n") == template.read_text().count("\n")
+
+
+def _broken(tmp_path: Path, right: str, wrong: str) -> Renderer:
+    root = tmp_path / "templates"
+    shutil.copytree(template_root(), root)
+    path = root / "kernels" / "partial.cu.j2"
+    text = path.read_text()
+    assert right in text
+    path.write_text(text.replace(right, wrong))
+    return Renderer(root)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [("{{ blok }}", "'blok' is undefined"), ("{{ block }", "unexpected '}'")],
+)
+def test_a_broken_template_names_its_line(tmp_path: Path, wrong: str, message: str) -> None:
+    lines = (template_root() / "kernels" / "partial.cu.j2").read_text().splitlines()
+    line = next(number for number, text in enumerate(lines, start=1) if "{{ block }}" in text)
+    renderer = _broken(tmp_path, "{{ block }}", wrong)
+    with pytest.raises(RenderError, match=f"^kernels/partial.cu.j2:{line}: {message}"):
+        renderer.render(configure(problems(mla(16, 4), 2, "sm_90a")[1]))
+
+
+def test_the_include_digest_follows_the_headers(tmp_path: Path) -> None:
+    spec = problems(mla(16, 4), 2, "sm_90a")[1]
+    before = Renderer(template_root()).render(configure(spec)).include_digest
+    root = tmp_path / "templates"
+    shutil.copytree(template_root(), root)
+    header = root / "include" / "helix" / "warp.cuh"
+    header.write_text(header.read_text() + "// changed\n")
+    assert Renderer(root).render(configure(spec)).include_digest != before

@@ -1,0 +1,203 @@
+"""TorchOps, the oracle of everything else, against an independent dense softmax in float64."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from helixc_runtime.attention_shape import AttentionShape
+from helixc_runtime.manifest import local_length, owner
+from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
+from helixc_runtime.ops_torch import TorchOps
+from tests.gpu.kernel_cases import check_partial, gqa, mla, random_case, to_double
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def seed() -> int:
+    value = random.randrange(1 << 30)
+    print("seed", value)
+    return value
+
+
+def _random_shape(draw: random.Random) -> AttentionShape:
+    block = draw.choice([1, 3, 4, 32])
+    if draw.random() < 0.5:
+        latent, rope = draw.choice([8, 24]), draw.choice([4, 8])
+        return AttentionShape(
+            draw.randint(1, 5), 1, latent + rope, latent, rope, draw.random() < 0.5, 0.3, block, "float32", "float32"
+        )
+    kv_heads, group, dim = draw.randint(1, 3), draw.randint(1, 4), draw.choice([8, 16])
+    return AttentionShape(
+        kv_heads * group, kv_heads, dim, dim, dim, draw.random() < 0.5, dim**-0.5, block, "float32", "float32"
+    )
+
+
+def _dense(shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[float], float]:
+    """One head by the definition: q [D], k [L, D], v [L, P] -> (o [P], lse), in Python floats."""
+    scores = [shape.scale * math.fsum(a * b for a, b in zip(q.tolist(), row, strict=True)) for row in k.tolist()]
+    largest = max(scores)
+    weights = [math.exp(score - largest) for score in scores]
+    total = math.fsum(weights)
+    o = [math.fsum(w * x for w, x in zip(weights, column, strict=True)) / total for column in v.T.tolist()]
+    return o, largest + math.log(total)
+
+
+def _turn(shape: AttentionShape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate one vector [D] by complex multiplication."""
+    plain, pairs = shape.head_dim - shape.rope_dim, shape.rope_dim // 2
+    out = x.double().clone()
+    for i in range(pairs):
+        a, b = (plain + 2 * i, plain + 2 * i + 1) if shape.interleaved else (plain + i, plain + i + pairs)
+        turned = complex(x[a], x[b]) * complex(cos[i], sin[i])
+        out[a], out[b] = turned.real, turned.imag
+    return out
+
+
+@pytest.mark.parametrize("_round", range(12))
+def test_decode_steps_over_cp_ranks_equal_dense_attention(seed: int, _round: int) -> None:
+    """Append token by token on every cp rank, attend, combine: the whole protocol against the definition."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    shape, cp, tokens = _random_shape(draw), draw.randint(1, 4), draw.randint(1, 20)
+    ops = TorchOps(shape)
+    pages = tokens // shape.block + 2
+    caches = [_nan_cache(shape, pages) for _ in range(cp)]
+    tables = [torch.randperm(pages, generator=generator).int().unsqueeze(0) for _ in range(cp)]
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    for position in range(tokens):
+        q = torch.randn(1, shape.heads, shape.head_dim, dtype=torch.float64, generator=generator)
+        k = torch.randn(1, shape.kv_heads, shape.head_dim, dtype=torch.float64, generator=generator)
+        v = None if shape.is_mla else torch.randn(k.shape, dtype=torch.float64, generator=generator)
+        angle = torch.rand(1, shape.rope_dim // 2, dtype=torch.float64, generator=generator) * 7
+        parts = []
+        for rank in range(cp):
+            batch = _batch(shape, position, cp, rank, tables[rank], angle)
+            rotated = ops.append(q, k, v, caches[rank], batch)
+            parts.append(ops.attend(rotated, caches[rank], batch))
+        key = torch.stack([_turn(shape, head, angle[0].cos(), angle[0].sin()) for head in k[0]])
+        keys.append(key)
+        values.append(key[:, : shape.partial_dim] if v is None else v[0])
+    merged = ops.combine(torch.stack([p.o for p in parts]), torch.stack([p.lse for p in parts]))
+    for head in range(shape.heads):
+        kv_head = head // shape.group
+        query = _turn(shape, q[0, head], angle[0].cos(), angle[0].sin())
+        stored_k, stored_v = (torch.stack([t[kv_head] for t in stored]) for stored in (keys, values))
+        o, lse = _dense(shape, query, stored_k, stored_v)
+        assert merged.o[0, head].tolist() == pytest.approx(o, abs=1e-10)
+        assert merged.lse[0, head].item() == pytest.approx(lse, abs=1e-10)
+
+
+def _nan_cache(shape: AttentionShape, pages: int) -> LayerCache:
+    size = (shape.block, shape.head_dim) if shape.is_mla else (shape.kv_heads, shape.block, shape.head_dim)
+    k = torch.full((pages, *size), torch.nan, dtype=torch.float64)
+    return LayerCache(k, None if shape.is_mla else k.clone())
+
+
+def _batch(shape: AttentionShape, position: int, cp: int, rank: int, table: Tensor, angle: Tensor) -> DecodeBatch:
+    cached, owned = local_length(position, shape.block, cp, rank), owner(position, shape.block, cp) == rank
+    slot = int(table[0, cached // shape.block]) * shape.block + cached % shape.block if owned else -1
+    return DecodeBatch(
+        cos=angle.cos(),
+        sin=angle.sin(),
+        page_table=table,
+        lengths=torch.tensor([cached + owned], dtype=torch.int32),
+        owned=torch.tensor([owned], dtype=torch.uint8),
+        slots=torch.tensor([slot]),
+    )
+
+
+def test_empty_rows_and_unused_memory(seed: int) -> None:
+    case = random_case(gqa(6, 2, 16, 4, "float32"), [0, 6, 0, 13], CPU, seed)
+    ops = TorchOps(case.shape)
+    ops.append(case.q, case.k, case.v, case.cache, case.batch)
+    partial = ops.attend(case.q, case.cache, case.batch)
+    assert torch.equal(partial.lse.isneginf(), (case.batch.lengths == 0).unsqueeze(1).expand(4, 6))
+    assert not partial.o[case.batch.lengths == 0].any()
+    assert partial.o.isfinite().all() and case.cache.k.isnan().any()
+
+
+def test_append_writes_owned_rows_only(seed: int) -> None:
+    case = random_case(mla(2, 4, "float32"), [5, 6, 7], CPU, seed)
+    before = case.cache.k.clone()
+    rotated = TorchOps(case.shape).append(case.q, case.k, case.v, case.cache, case.batch)
+    changed = (case.cache.k.nan_to_num(123.0) != before.nan_to_num(123.0)).any(dim=-1).view(-1)
+    assert sorted(changed.nonzero().squeeze(1).tolist()) == sorted(case.batch.slots[[0, 2]].tolist())
+    assert not torch.allclose(rotated[1], case.q[1])  # the inactive row's query is rotated all the same
+
+
+def test_combine_of_nothing_is_zero(seed: int) -> None:
+    shape = gqa(2, 1, 8, 4, "float32")
+    o, lse = torch.full((3, 2, 2, 8), torch.nan), torch.full((3, 2, 2), -torch.inf)
+    merged = TorchOps(shape).combine(o, lse)
+    assert not merged.o.any() and merged.lse.isneginf().all()
+    o[1, 0], lse[1, 0] = torch.randn(2, 8, generator=torch.Generator().manual_seed(seed)), 0.5
+    merged = TorchOps(shape).combine(o, lse)
+    assert torch.equal(merged.o[0], o[1, 0]) and not merged.o[1].any()
+
+
+def test_nan_in_a_living_part_is_not_hidden() -> None:
+    shape = gqa(1, 1, 8, 4, "float32")
+    merged = TorchOps(shape).combine(torch.full((2, 1, 1, 8), torch.nan), torch.zeros(2, 1, 1))
+    assert merged.o.isnan().all()
+
+
+def _base_two(o: Tensor, lse: Tensor) -> Partial:
+    weight = torch.exp2(lse - lse.amax(0)).nan_to_num(0.0)
+    return Partial((weight.unsqueeze(-1) * o.nan_to_num(0.0)).sum(0) / weight.sum(0).unsqueeze(-1), lse.logsumexp(0))
+
+
+def _unmasked(o: Tensor, lse: Tensor) -> Partial:
+    weight = torch.softmax(lse, dim=0)
+    return Partial((weight.unsqueeze(-1) * o).sum(0), lse.logsumexp(0))
+
+
+def _average(o: Tensor, lse: Tensor) -> Partial:
+    return Partial(o.nan_to_num(0.0).mean(0), lse.logsumexp(0))
+
+
+@pytest.mark.parametrize("wrong", [_base_two, _unmasked, _average])
+def test_the_comparison_notices_a_wrong_combine(seed: int, wrong: object) -> None:
+    assert callable(wrong)
+    generator = torch.Generator().manual_seed(seed)
+    shape = gqa(3, 1, 16, 4, "float32")
+    o, lse = torch.randn(3, 4, 3, 16, generator=generator), torch.randn(3, 4, 3, generator=generator) * 3
+    o[1, 2], lse[1, 2] = torch.nan, -torch.inf
+    want = TorchOps(shape).combine(o.double(), lse.double())
+    check_partial(TorchOps(shape).combine(o, lse), want, 1e-5)
+    with pytest.raises(AssertionError):
+        check_partial(wrong(o, lse), want, 1e-2)
+
+
+def test_half_precision_inputs_are_computed_in_float32(seed: int) -> None:
+    case = random_case(gqa(4, 2, 64, 32), [100, 300], CPU, seed)
+    ops = TorchOps(case.shape)
+    ops.append(case.q, case.k, case.v, case.cache, case.batch)
+    partial = ops.attend(case.q, case.cache, case.batch)
+    assert (partial.o.dtype, partial.lse.dtype) == (torch.bfloat16, torch.float32)
+    check_partial(partial, ops.attend(case.q.double(), to_double(case.cache), case.batch), 4e-3, 1e-5)
+
+
+def test_mismatches_are_named() -> None:
+    case = random_case(gqa(4, 2, 8, 4, "float32"), [5], CPU, 0)
+    ops = TorchOps(case.shape)
+    with pytest.raises(ValueError, match=r"q has shape \[1, 3, 8\], expected \[any, 4, 8\]"):
+        ops.attend(case.q[:, :3], case.cache, case.batch)
+    with pytest.raises(ValueError, match="v is missing"):
+        ops.append(case.q, case.k, None, case.cache, case.batch)
+    with pytest.raises(ValueError, match="length 5 is outside a page table of 1 pages of 4 tokens"):
+        short = DecodeBatch(
+            case.batch.cos, case.batch.sin, case.batch.page_table[:, :1], case.batch.lengths, *_tail(case.batch)
+        )
+        ops.attend(case.q, case.cache, short)
+    with pytest.raises(ValueError, match="7 query heads do not divide among 2 KV heads"):
+        gqa(7, 2, 8, 4)
+
+
+def _tail(batch: DecodeBatch) -> tuple[Tensor, Tensor]:
+    return batch.owned, batch.slots
