@@ -7,13 +7,10 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from helixc import __version__
 from helixc.arguments import parser
-
-if TYPE_CHECKING:
-    from helixc.frontend import Analysis
 
 OK, FINDINGS, USAGE = 0, 1, 2
 
@@ -43,36 +40,21 @@ def _accept_any_text() -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    from helixc import annotations, report
     from helixc.frontend import all_rules, analyse
 
-    analyses = {file: analyse(file) for file in arguments.files}
-    found = [diagnostic for analysis in analyses.values() for diagnostic in analysis.diagnostics]
+    analyses = [analyse(file) for file in dict.fromkeys(arguments.files)]
+    found = [diagnostic for analysis in analyses for diagnostic in analysis.diagnostics]
     if arguments.format == "text":
-        print_findings(list(analyses.values()))
-        from helixc.report import summary
-
-        print(summary(found, len(analyses)))
+        report.print_findings(analyses)
+        print(report.summary(found, len(analyses)))
+    elif arguments.format == "json":
+        sys.stdout.write(report.as_json(found))
+    elif arguments.format == "github":
+        sys.stdout.write(annotations.as_github(found))
     else:
-        from helixc import report
-
-        printers = {
-            "json": lambda: report.as_json(found),
-            "github": lambda: report.as_github(found),
-            "sarif": lambda: report.as_sarif(found, all_rules(), __version__),
-        }
-        sys.stdout.write(printers[arguments.format]())
-    return OK if all(analysis.ok for analysis in analyses.values()) else FINDINGS
-
-
-def print_findings(analyses: Sequence[Analysis]) -> None:
-    """Print diagnostics as text, in colour on a terminal."""
-    from helixc.report import as_text, coloured, plain
-
-    diagnostics = [diagnostic for analysis in analyses for diagnostic in analysis.diagnostics]
-    texts = {analysis.file: analysis.text for analysis in analyses}
-    if diagnostics:
-        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print(as_text(diagnostics, texts, coloured if colour else plain))
+        sys.stdout.write(annotations.as_sarif(found, all_rules(), __version__))
+    return OK if all(analysis.ok for analysis in analyses) else FINDINGS
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -91,28 +73,29 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _compile(arguments: argparse.Namespace) -> int:
-    from helixc.build import compile_verb
+    from helixc.commands import compile_file
 
     arches = tuple(dict.fromkeys(arguments.arch or ("sm_90a",)))
-    return compile_verb(arguments.file, output=arguments.output, arches=arches, format=arguments.format)
+    return compile_file(arguments.file, arguments.output, arches, arguments.format)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from helixc.build import plan_verb
+    from helixc.commands import plan_path
 
-    return plan_verb(arguments.path, format=arguments.format)
+    return plan_path(arguments.path, arguments.format)
 
 
 def _launch(arguments: argparse.Namespace) -> int:
+    """An artifact needs the standard library only; a file needs the compiler."""
     from helixc.launch import LaunchOptions, launch
 
-    directory = arguments.path
-    if not directory.is_dir():
-        from helixc.build import artifact_for_launch
+    artifact: Path | int = arguments.path
+    if not arguments.path.is_dir():
+        from helixc.commands import artifact_for_launch
 
-        directory = artifact_for_launch(arguments.path)
-        if directory is None:
-            return FINDINGS
+        artifact = artifact_for_launch(arguments.path, needs_kernels=arguments.device == "cuda")
+    if isinstance(artifact, int):
+        return artifact
     options = LaunchOptions(
         prompts=tuple(arguments.prompt),
         prompts_file=arguments.prompts,
@@ -129,7 +112,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         run_dir=arguments.run_dir,
         deadline_s=arguments.deadline,
     )
-    return launch(directory, options)
+    return launch(artifact, options)
 
 
 _VERBS = {"check": _check, "compile": _compile, "plan": _plan, "launch": _launch, "explain": _explain}

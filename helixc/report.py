@@ -1,16 +1,19 @@
-"""Printers of diagnostics: text for people, JSON, GitHub annotations and SARIF for programs."""
+"""Diagnostics as text for people and as JSON for programs."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import PurePath
-from typing import Any
-from urllib.parse import quote
+from typing import TYPE_CHECKING, TextIO
 
-from helixc.diagnostics import Diagnostic, Rule, Severity, Span, counted
+from helixc.diagnostics import Diagnostic, Severity, Span, counted
+
+if TYPE_CHECKING:
+    from helixc.frontend import Analysis
 
 _SEVERITY_STYLE = {Severity.ERROR: "1;31", Severity.WARNING: "1;33", Severity.NOTE: "1;36"}
 _LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
@@ -25,6 +28,16 @@ def plain(text: str, style: str) -> str:
 def coloured(text: str, style: str) -> str:
     """The Paint of a terminal."""
     return f"\x1b[{style}m{text}\x1b[0m"
+
+
+def print_findings(analyses: Sequence[Analysis], stream: TextIO | None = None) -> None:
+    """Print the findings of all files as text on `stream` (None: stdout), in colour on a terminal."""
+    stream = stream or sys.stdout
+    diagnostics = [diagnostic for analysis in analyses for diagnostic in analysis.diagnostics]
+    texts = {analysis.file: analysis.text for analysis in analyses}
+    if diagnostics:
+        colour = stream.isatty() and "NO_COLOR" not in os.environ
+        print(as_text(diagnostics, texts, coloured if colour else plain), file=stream)
 
 
 def as_text(diagnostics: Sequence[Diagnostic], texts: Mapping[str, str], paint: Paint = plain) -> str:
@@ -100,85 +113,3 @@ def as_json(diagnostics: Sequence[Diagnostic]) -> str:
         for d in diagnostics
     ]
     return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
-
-
-_GITHUB_KIND = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.NOTE: "notice"}
-
-
-def as_github(diagnostics: Sequence[Diagnostic]) -> str:
-    """Workflow commands that GitHub Actions shows beside the lines."""
-    return "".join(_annotation(d) for d in diagnostics)
-
-
-def _annotation(diagnostic: Diagnostic) -> str:
-    span = diagnostic.span
-    properties = {
-        "file": span.file,
-        "line": str(span.line),
-        "endLine": str(span.end_line),
-        "col": str(span.column),
-        "endColumn": str(span.end_column),
-        "title": diagnostic.code,
-    }
-    shown = ",".join(f"{key}={_escaped(value, ':,')}" for key, value in properties.items())
-    return f"::{_GITHUB_KIND[diagnostic.severity]} {shown}::{_escaped(_whole_message(diagnostic), '')}\n"
-
-
-def _escaped(text: str, more: str) -> str:
-    return "".join(f"%{ord(c):02X}" if c in "%\r\n" + more else c for c in text)
-
-
-def _whole_message(diagnostic: Diagnostic) -> str:
-    return f"{diagnostic.message}\nhelp: {diagnostic.help}" if diagnostic.help else diagnostic.message
-
-
-def as_sarif(diagnostics: Sequence[Diagnostic], rules: Sequence[Rule], version: str) -> str:
-    """A SARIF 2.1.0 log with one run."""
-    driver = {
-        "name": "helixc",
-        "semanticVersion": version,
-        "rules": [
-            {
-                "id": rule.code,
-                "shortDescription": {"text": rule.title},
-                "fullDescription": {"text": rule.explanation},
-                "defaultConfiguration": {"level": rule.severity.value},
-            }
-            for rule in rules
-        ],
-    }
-    index = {rule.code: number for number, rule in enumerate(rules)}
-    run = {
-        "tool": {"driver": driver},
-        "columnKind": "unicodeCodePoints",
-        "results": [_result(d, index[d.code]) for d in diagnostics],
-    }
-    log = {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]}
-    return json.dumps(log, indent=2, ensure_ascii=False) + "\n"
-
-
-def _result(diagnostic: Diagnostic, rule_index: int) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "ruleId": diagnostic.code,
-        "ruleIndex": rule_index,
-        "level": diagnostic.severity.value,
-        "message": {"text": _whole_message(diagnostic)},
-        "locations": [_location(diagnostic.span)],
-    }
-    if diagnostic.related:
-        result["relatedLocations"] = [
-            _location(related.span) | {"message": {"text": related.message}} for related in diagnostic.related
-        ]
-    return result
-
-
-def _location(span: Span) -> dict[str, Any]:
-    path = PurePath(span.file)
-    uri = path.as_uri() if path.is_absolute() else quote(path.as_posix())
-    region = {
-        "startLine": span.line,
-        "startColumn": span.column,
-        "endLine": span.end_line,
-        "endColumn": span.end_column,
-    }
-    return {"physicalLocation": {"artifactLocation": {"uri": uri}, "region": region}}

@@ -16,7 +16,6 @@ DEPLOYMENT_CHECKS: tuple[Check[Case], ...] = (
     mapping.partition_has_stages,
     helix.context_has_no_cp,
     helix.cp_type_is_helix,
-    model.weights_exist,
     memory.cache_holds_a_block,
     memory.cache_holds_a_request,
     placement.hardware_suffices,
@@ -33,6 +32,7 @@ MODEL_CHECKS: tuple[Check[ModelCase], ...] = (
     helix.heads_divide,
     helix.kv_heads_divide,
     helix.kv_heads_are_duplicated,
+    model.weights_exist,
     model.lengths_are_in_range,
 )
 

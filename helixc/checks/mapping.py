@@ -42,7 +42,10 @@ def experts_divide(case: ModelCase) -> Iterator[Finding]:
     if case.arch.moe is None:
         return
     for side in case.sides:
-        ep = _moe_sizes(side)[1]
+        tp, ep = _moe_sizes(side)
+        derived = side.spec.moe_expert_parallel_size is None
+        if derived and tp * ep != side.ffn_ranks:
+            continue  # HX201 reports it
         if case.arch.moe.experts % ep != 0:
             message = f"{case.arch.moe.experts} experts do not divide over moe_ep {ep} of {side.name}"
             choices = [d for d in divisors(case.arch.moe.experts) if side.ffn_ranks % d == 0]
@@ -68,7 +71,7 @@ def moe_sizes_need_experts(case: ModelCase) -> Iterator[Finding]:
 def stages_have_layers(case: ModelCase) -> Iterator[Finding]:
     """There are more pipeline stages than layers.
 
-    Every stage runs at least one layer.
+    Every stage runs at least one layer, so pipeline_parallel_size is at most the model's number of layers.
     """
     for side in case.sides:
         if side.pp > case.arch.num_layers:
@@ -80,14 +83,14 @@ def stages_have_layers(case: ModelCase) -> Iterator[Finding]:
 def partition_has_stages(case: Case) -> Iterator[Finding]:
     """pp_partition does not list one number of layers for every pipeline stage.
 
-    Its length is pipeline_parallel_size.
+    Its length is pipeline_parallel_size: the first number is the first stage's layers, and so on.
     """
     for side in case.sides:
         parts = side.spec.pp_partition
         if parts is not None and len(parts) != side.pp:
             span = side.at("pp_partition")
             message = f"pp_partition of {side.name} lists {counted(len(parts), 'stage')}, but pp is {side.pp}"
-            help = f"list {side.pp} numbers, or set pipeline_parallel_size to {len(parts)}"
+            help = f"list {counted(side.pp, 'number')}, or set pipeline_parallel_size to {len(parts)}"
             yield Finding(span, message, help, side.related("pp is given here", PP, span))
 
 
@@ -95,7 +98,8 @@ def partition_has_stages(case: Case) -> Iterator[Finding]:
 def partition_has_all_layers(case: ModelCase) -> Iterator[Finding]:
     """The numbers of pp_partition do not add up to the model's layers.
 
-    Every layer belongs to exactly one stage.
+    Every layer belongs to exactly one stage. Without pp_partition the layers are split evenly, and the first stages
+    get one more where they do not divide.
     """
     for side in case.sides:
         parts, layers = side.spec.pp_partition, case.arch.num_layers

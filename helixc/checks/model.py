@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from helixc.checks.case import Case, ModelCase
+from helixc.checks.case import ModelCase
 from helixc.checks.check import Finding, warning
 from helixc.diagnostics import Rule, Severity
 
@@ -19,7 +19,7 @@ DeepseekV3ForCausalLM, DeepseekV2ForCausalLM, LlamaForCausalLM, Qwen3ForCausalLM
 
 
 @warning("HX403")
-def weights_exist(case: Case) -> Iterator[Finding]:
+def weights_exist(case: ModelCase) -> Iterator[Finding]:
     """A built-in geometry has no weights to load.
 
     With load_format auto such a deployment can be checked, planned and compiled, but not launched. `load_format: dummy`

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from helixc.launch.metrics import Summary, decode_gaps, percentile
 from helixc.launch.record import Record, Verdict
+from helixc.table import aligned
 from helixc_runtime.manifest import Plan
 
 _HEAD = ("request", "prompt tokens", "generated", "finish", "TTFT", "TTL p50", "TTL p99")
@@ -29,7 +29,7 @@ def table(summary: Summary, record: Record) -> str:
     metrics = summary.metrics
     kv = ", ".join(f"rank {rank}: {tokens}" for rank, tokens in metrics.kv_tokens_per_rank.items())
     overall = f"TTL p50 {milliseconds(metrics.ttl_p50_s)}, p99 {milliseconds(metrics.ttl_p99_s)} over all requests"
-    lines = [*_aligned([_HEAD, *rows]), "", overall]
+    lines = [*aligned([_HEAD, *rows]), "", overall]
     lines += [f"KV handed over: {metrics.handoff_bytes:,} bytes", f"KV tokens stored: {kv or 'none reported'}"]
     return "\n".join(lines) + "\n"
 
@@ -62,8 +62,3 @@ def milliseconds(seconds: float | None) -> str:
         return "-"
     value = seconds * 1000
     return f"{value:.0f} ms" if value >= 99.95 else f"{value:.1f} ms" if value >= 9.995 else f"{value:.2f} ms"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -29,7 +29,7 @@ class ModelError(ValueError):
 
 def is_builtin(model: str) -> bool:
     """Whether `model` names a built-in geometry rather than a checkpoint folder."""
-    return model in CONFIGS and not Path(model).is_dir()
+    return model in CONFIGS
 
 
 def read_model(model: str) -> ModelArch:

@@ -52,7 +52,7 @@ def place(deployment: Deployment, kernels_for: KernelNames) -> Plan:
                         shard=shards.setdefault(template.pieces, len(shards)),
                     )
                 )
-    reference = _reference(deployment, kernels_for)
+    reference = _reference(deployment)
     arch = deployment.model.arch
     return Plan(
         schema=SCHEMA,
@@ -117,7 +117,7 @@ def _memory(
     kv: tuple[int, int],
 ) -> Memory:
     arch = model.arch
-    weights = sum(elements(piece) for piece in own) * DTYPE_BYTES[model.dtype]
+    weights = elements(own) * DTYPE_BYTES[model.dtype]
     per_token = (layers[1] - layers[0]) * (kv[1] - kv[0]) * arch.kv_width * DTYPE_BYTES[model.kv_dtype]
     workspace = _workspace(model, layout, q[1] - q[0])
     # A context instance keeps the KV of the prompt it is prefilling, unpaged.
@@ -152,7 +152,7 @@ def _instance(layout: Layout, index: int, first: int) -> Instance:
     )
 
 
-def _reference(deployment: Deployment, kernels_for: KernelNames) -> Template:
+def _reference(deployment: Deployment) -> Template:
     """The whole model on one rank, shaped as a context instance: --verify decodes by prefilling."""
     whole = replace(
         deployment.generation,
@@ -161,7 +161,7 @@ def _reference(deployment: Deployment, kernels_for: KernelNames) -> Template:
         attention_dp=False,
         stages=((0, deployment.model.arch.num_layers),),
     )
-    return _templates(deployment, whole, kernels_for)[0]
+    return _templates(deployment, whole, lambda *_: ())[0]
 
 
 def _name(layout: Layout) -> str:

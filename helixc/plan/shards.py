@@ -75,8 +75,12 @@ def _range(dim: Dim, ranges: Ranges[Axis, Range]) -> Range:
     return lo * dim.unit, hi * dim.unit
 
 
-def elements(piece: Piece) -> int:
-    """How many weight elements a piece stands for, over all its layers and experts."""
+def elements(own: tuple[Piece, ...]) -> int:
+    """How many weight elements a rank holds. A tied LM head on the embedding's rank is the embedding."""
+    return sum({(p.tensor, p.layers, p.box): _elements(p) for p in own}.values())
+
+
+def _elements(piece: Piece) -> int:
     copies = len(piece.layers) if piece.layers is not None else 1
     experts = piece.experts[1] - piece.experts[0] if piece.experts else 1
     return copies * experts * prod(hi - lo for lo, hi in piece.box)

@@ -27,34 +27,42 @@ def parse(source: Source) -> tuple[Spec | None, list[Diagnostic]]:
     key, a number in quotes, an unknown model (then Spec.model is the text as written). So look for errors first.
     """
     source, findings = repair(source)
-    has_section = section_name("generation") in source.data
-    source, violations, incomplete = settle(source)
-    short, misread = parse_short_form(source)
-    origins = Origins(source, short)
+    settled, violations, incomplete = settle(source)
+    short, misread = parse_short_form(settled)
+    origins = Origins(settled, short)
     disagreeing = list(contradictions(origins))
-    missing = [] if has_section or misread or incomplete else _missing_generation(origins)
+    missing = [] if misread or _tries_to_describe(source) else _no_generation(settled, origins)
+    missing += _no_instances(origins)
     block, blocks = block_size(origins)
-    shared, sharing = share_gpus(source)
-    model, unknown_model = resolve_model(source)
+    shared, sharing = share_gpus(settled)
+    model, unknown_model = resolve_model(settled)
     findings += [*violations, *misread, *disagreeing, *missing, *blocks, *sharing, *unknown_model]
     if incomplete or misread or disagreeing or missing:
         return None, findings
     return _spec(origins, model, block, shared), findings
 
 
-def _missing_generation(origins: Origins) -> list[Diagnostic]:
-    source = origins.source
-    if not origins.describes("generation"):
-        message = "the generation instances are not described"
-        if "parallelism" in source.data:
-            help = "add ` / gen tp1 cp2` to `parallelism`, or a section `generation_servers`"
-            return [rules.MISSING_KEY.at(source.value_span(("parallelism",)), message, help)]
-        help = "add `parallelism: ctx tp1 / gen tp1 cp2`, or a section `generation_servers`"
-        return [rules.MISSING_KEY.at(source.value_span(("generation_servers",)), message, help)]
-    if _values(origins, "generation").get("num_instances") == 0:
-        span = origins.span("generation", "num_instances")
-        return [rules.OUT_OF_RANGE.at(span, "`generation_servers` needs at least one instance", "write 1 or more")]
-    return []
+def _tries_to_describe(source: Source) -> bool:
+    """Whether the generation instances have a section, or might have a part in a short form that is no text."""
+    return section_name("generation") in source.data or not isinstance(source.data.get("parallelism", ""), str)
+
+
+def _no_generation(source: Source, origins: Origins) -> list[Diagnostic]:
+    if origins.describes("generation"):
+        return []
+    message = "the generation instances are not described"
+    if "parallelism" in source.data:
+        help = "add ` / gen tp1 cp2` to `parallelism`, or a section `generation_servers`"
+        return [rules.MISSING_KEY.at(source.value_span(("parallelism",)), message, help)]
+    help = "add `parallelism: ctx tp1 / gen tp1 cp2`, or a section `generation_servers`"
+    return [rules.MISSING_KEY.at(source.value_span(("generation_servers",)), message, help)]
+
+
+def _no_instances(origins: Origins) -> list[Diagnostic]:
+    if not origins.describes("generation") or _values(origins, "generation").get("num_instances") != 0:
+        return []
+    span = origins.span("generation", "num_instances")
+    return [rules.OUT_OF_RANGE.at(span, "`generation_servers` needs at least one instance", "write 1 or more")]
 
 
 def _values(origins: Origins, role: Role) -> dict[str, Any]:

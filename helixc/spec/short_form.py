@@ -22,7 +22,8 @@ SIZES = {
 }
 ATTENTION_DP = "dp"
 _MAX_SIZE = 65_536
-_TOKEN = re.compile(r"/|[^\s/]+")
+# A size name apart from its number is one token, so that it is one mistake.
+_TOKEN = re.compile(r"/|(?:moe_tp|tp|pp|cp|ep)\s+[0-9]+(?![^\s/])|[^\s/]+")
 _SIZE = re.compile(r"([a-z_]+)([0-9]+)")
 _COUNT = re.compile(r"([0-9]+)x")
 _EXAMPLE = "for example `ctx tp2 / gen tp1 cp2`"
@@ -119,6 +120,7 @@ class _Parser:
         if self._role in self.places:
             first = Related("first described here", self.places[self._role])
             self.fail(span, f"`{token}` is described twice", "join the two parts", (first,))
+            self._role = None  # read on, but let its sizes count for nothing
         elif self._role is not None:
             self.places[self._role] = span
             self.roles[self._role] = {}
@@ -138,6 +140,7 @@ class _Parser:
         if not least <= given.value <= _MAX_SIZE:
             message = f"`{given.token}`: `{key}` must be at least {least} and at most {_MAX_SIZE}"
             self.findings.append(rules.OUT_OF_RANGE.at(given.span, message, "a size that is left out is 1"))
+            return
         if self._role is None:
             return
         role = self.roles[self._role]

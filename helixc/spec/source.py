@@ -72,6 +72,10 @@ class LineTable:
         """Inverse of a span's (line, column)."""
         return self.starts[line - 1] + column - 1
 
+    def at(self, span: Span) -> str:
+        """The text of a span."""
+        return self.text[self.index(span.line, span.column) : self.index(span.end_line, span.end_column)]
+
     def _position(self, index: int) -> tuple[int, int]:
         line = bisect_right(self.starts, index)
         return line, index - self.starts[line - 1] + 1

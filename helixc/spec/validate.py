@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from helixc.diagnostics import Diagnostic, Rule, closest, listed
 from helixc.spec import rules
 from helixc.spec.schema import Document
-from helixc.spec.source import KeyPath, Source
+from helixc.spec.source import KeyPath, LineTable, Source
 
 _EXPECTED = {
     "int_type": "a whole number",
@@ -59,8 +59,13 @@ def _violation(source: Source, details: ErrorDetails) -> Violation:
     meant = NOTHING if details["type"] == "missing" else _meant(details)
     if meant is not NOTHING:
         help = f"did you mean `{meant}`?" if isinstance(meant, str) else f"write {shown(meant)}"
-        help += ", without quotes" if isinstance(details["input"], str) and not isinstance(meant, str) else ""
+        help += ", without quotes" if _is_quoted(source, path) and not isinstance(meant, str) else ""
     return Violation(path, rule.at(source.value_span(path), message, help), meant)
+
+
+def _is_quoted(source: Source, path: KeyPath) -> bool:
+    span = source.value_span(path)
+    return LineTable.of(source.path, source.text).at(span)[:1] in ("'", '"')
 
 
 def _described(name: str, details: ErrorDetails) -> tuple[Rule, str, str]:
@@ -113,7 +118,7 @@ def _number(text: str, kind: str) -> object:
 def shown(value: Any) -> str:
     """A YAML value with its type, for messages."""
     if value is None:
-        return "nothing"
+        return "an empty value"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):

@@ -34,7 +34,7 @@ def syntax_error(table: LineTable, error: Exception) -> Diagnostic:
         problem, error.context = error.context.partition(";")[0], "first occurrence"
     help = next((advice for part, advice in _ADVICE if part in problem), None)
     if r"'\t'" in problem:
-        problem, help = "a tab indents this line", "YAML is indented by spaces only"
+        problem, help = "a tab stands where YAML wants spaces", "indent and separate by spaces"
     elif "end of stream" in problem and context is not None:
         problem, mark, context = "this is never closed", context, None
     related = []

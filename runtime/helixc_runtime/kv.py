@@ -89,7 +89,9 @@ class KvCache:
             if cache.v is None:
                 cache.k[where, :size] = kv[tokens].view(-1, size, kv.shape[-1])
             else:
-                split = kv[:, :, tokens].reshape(2, kv.shape[1], -1, size, kv.shape[3]).transpose(1, 2)  # [2, pages, heads, size, D]
+                split = (
+                    kv[:, :, tokens].reshape(2, kv.shape[1], -1, size, kv.shape[3]).transpose(1, 2)
+                )  # [2, pages, heads, size, D]
                 cache.k[where, heads, :size] = split[0]
                 cache.v[where, heads, :size] = split[1]
 

@@ -55,11 +55,20 @@ def load_weights(model: Model, pieces: tuple[Piece, ...], device: torch.device, 
     with ExitStack() as stack:
         source: Source = _source(model, device, stack)
         for piece in pieces:
+            if (twin := _twin(piece, pieces)) in tensors:
+                tensors[piece.name, None] = tensors[twin]
+                continue
             kept = torch.float32 if piece.name in FLOAT32_WEIGHTS else dtype
             for layer in piece.layers if piece.layers is not None else (None,):
                 tensors[piece.name, layer] = _read(source, piece, layer, kept, device)
                 progress(len(tensors), total)
     return Weights(tensors)
+
+
+def _twin(piece: Piece, pieces: tuple[Piece, ...]) -> tuple[str, None]:
+    """The first piece that is the same slice of the same tensor: a tied LM head is the embedding, in one memory."""
+    first = next(p for p in pieces if (p.tensor, p.layers, p.box) == (piece.tensor, piece.layers, piece.box))
+    return first.name, None
 
 
 def _source(model: Model, device: torch.device, stack: ExitStack) -> Source:

@@ -1,0 +1,180 @@
+"""Every check finds what it is about, points at the value responsible, and stays silent otherwise."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from helixc import checks
+from helixc.diagnostics import Diagnostic
+from helixc.frontend import Analysis, all_rules, analyse
+from helixc.spec.source import LineTable
+
+DENSE = "model: llama-3.1-8b\nload_format: dummy\n"  # 32 heads, 8 KV heads, 32 layers
+MOE = "model: deepseek-v3-lite\nload_format: dummy\n"  # 16 heads, 64 experts, 27 layers
+
+
+@pytest.fixture
+def check(tmp_path: Path) -> Check:
+    return Check(tmp_path)
+
+
+class Check:
+    """Analyses texts as files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "f.yaml"
+
+    def __call__(self, text: str) -> Analysis:
+        self.path.write_text(text, encoding="utf-8")
+        return analyse(self.path)
+
+    def one(self, text: str) -> tuple[Diagnostic, str]:
+        """The only finding and the characters it points at."""
+        (finding,) = self(text).diagnostics
+        return finding, LineTable.of(str(self.path), text).at(finding.span)
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "at", "words"),
+    [
+        (DENSE + "parallelism: gen tp8 cp3", "HX301", "cp3", "cp among 1, 2 or 4"),
+        (DENSE + "parallelism: ctx tp8 / gen tp8 cp8", "HX301", "cp8", "cp among 1, 2 or 4"),
+        (MOE + "parallelism: ctx tp3 / gen cp2", "HX301", "tp3", "tp * cp among 1, 2, 4, 8 or 16"),
+        (MOE + "parallelism: gen cp3 tp4 dp", "HX301", "cp3", "cp among 1, 2, 4, 8 or 16"),
+        (DENSE + "parallelism: ctx cp2 / gen cp2", "HX302", "cp2", "generation_servers only"),
+        (DENSE + "parallelism: gen cp2\ncp_config: {cp_type: RING}", "HX303", "RING", "HELIX"),
+        (DENSE + "generation_servers: {cp_config: {cp_type: star}}", "HX303", "star", "HELIX"),
+        (DENSE.replace("8b", "405b") + "parallelism: gen tp16", "HX305", "tp16", "context_parallel_size"),
+        (DENSE + "parallelism: ctx tp16 / gen", "HX305", "tp16", "tp 8 or less"),
+        (MOE + "parallelism: gen tp4 cp2 ep4 moe_tp4", "HX201", "ep4", "the other follows"),
+        (MOE + "parallelism: gen tp4 cp4\nmoe_tensor_parallel_size: 3", "HX201", "3", "1, 2, 4, 8 or 16"),
+        (MOE.replace("deepseek-v3-lite", "kimi-k2") + "parallelism: gen tp64 ep64", None, "", ""),
+        (DENSE + "parallelism: gen tp2 cp2 ep4", "HX203", "ep4", "remove"),
+        (MOE + "parallelism: gen pp28", "HX204", "pp28", "27 or less"),
+        (MOE + "generation_servers: {pp_partition: [26, 1]}", "HX205", "[26, 1]", "1 number, or"),
+        (MOE + "parallelism: gen pp2\npp_partition: [20, 6]", "HX206", "[20, 6]", "[14, 13]"),
+        (MOE + "parallelism: gen pp2\npp_partition: [20, 7]", None, "", ""),
+        (DENSE.replace("load_format: dummy\n", "") + "parallelism: gen", "HX403", "llama-3.1-8b", "dummy"),
+        (DENSE + "parallelism: gen\nmax_seq_len: 131073", "HX404", "131073", "131072 or less"),
+        (DENSE + "parallelism: gen\nkv_cache_config: {max_tokens: 31}", "HX501", "31", "32 or more"),
+        (
+            DENSE + "parallelism: gen cp2\nkv_cache_config: {max_tokens: 64}\nmax_seq_len: 150",
+            "HX502",
+            "64",
+            "86 or more",
+        ),
+        (DENSE + "parallelism: gen cp2\nkv_cache_config: {max_tokens: 86}\nmax_seq_len: 150", None, "", ""),
+        (DENSE + "parallelism: ctx tp2 / gen cp2\nhardware: {nodes: 1, gpus_per_node: 3}", "HX601", "1", "2 nodes"),
+        (DENSE + "parallelism: gen 2x cp2 pp2\nhardware: {nodes: 1, gpus_per_node: 7}", "HX601", "1", "2 nodes"),
+        (DENSE + "parallelism: gen 65536x cp2", "HX602", "65536x", "65,536"),
+    ],
+)
+def test_findings_of_the_checks(check: Check, text: str, code: str | None, at: str, words: str) -> None:
+    if code is None:
+        assert check(text).diagnostics == ()
+        return
+    finding, pointed_at = check.one(text)
+    assert (finding.code, pointed_at) == (code, at)
+    assert words in str(finding.help)
+
+
+def test_kv_heads_that_neither_divide_nor_are_divided(check: Check, tmp_path: Path) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 96,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 2,
+        "intermediate_size": 10,
+        "vocab_size": 9,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "eos_token_id": 2,
+    }
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
+    finding, pointed_at = check.one("model: tiny\nparallelism: gen tp6")
+    assert (finding.code, pointed_at) == ("HX304", "tp6")
+    assert "1, 2 or 4" in str(finding.help)
+    codes = {d.code for d in check("model: tiny\nparallelism: gen tp4 cp3").diagnostics}
+    assert codes == {"HX207", "HX208"}
+    config["architectures"] = ["SomethingElse"]
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config))
+    finding, pointed_at = check.one("model: tiny\nparallelism: gen tp6")
+    assert (finding.code, pointed_at) == ("HX402", "tiny")
+    (tmp_path / "tiny" / "config.json").unlink()
+    assert check.one("model: tiny\nparallelism: gen tp6")[0].code == "HX402"
+
+
+def test_experts_that_do_not_divide(check: Check) -> None:
+    findings = check(MOE.replace("deepseek-v3-lite", "deepseek-v3") + "parallelism: gen tp128 cp1 ep128").diagnostics
+    assert not findings
+    analysis = check(MOE + "parallelism: gen tp16 pp2 ep16\n")
+    assert not analysis.diagnostics
+    analysis = check("model: qwen3-235b-a22b\nload_format: dummy\nparallelism: gen tp1 cp64 ep64\n")
+    assert not analysis.diagnostics  # 128 experts
+    analysis = check("model: kimi-k2\nload_format: dummy\nparallelism: gen tp5 ep5\n")  # 384 experts, 64 heads
+    assert {d.code for d in analysis.diagnostics} == {"HX202", "HX301"}
+
+
+def test_sound_deployments_are_clean(check: Check) -> None:
+    """Sizes drawn from the divisors that helix.md asks for raise nothing."""
+    for _ in range(10):
+        tp = random.choice([1, 2, 4, 8])
+        cp = random.choice([c for c in (1, 2, 4, 8, 16, 32) if 32 % (tp * c) == 0])
+        pp = random.choice([1, 2, 3, 32])
+        analysis = check(f"{DENSE}parallelism: ctx tp{tp} pp{pp} / gen tp{tp} cp{cp} pp{pp}\n")
+        assert analysis.ok and not analysis.diagnostics
+        assert analysis.spec is not None and analysis.arch is not None
+
+
+def test_sharing_counts_the_larger_side(check: Check) -> None:
+    text = DENSE + "parallelism: ctx tp2 / gen cp2\nhardware: {nodes: 1, gpus_per_node: 2}\n"
+    assert [d.code for d in check(text).diagnostics] == ["HX601"]
+    assert not check(text + "share_gpus: true\n").diagnostics
+    assert not check(text.replace("2}", "2, share_gpus: true}")).diagnostics
+
+
+def test_a_value_from_the_top_level_is_where_the_finding_points(check: Check) -> None:
+    text = f"{DENSE}tensor_parallel_size: 3\ngeneration_servers: {{context_parallel_size: 2}}\n"
+    codes = {(d.code, d.span.line) for d in check(text).diagnostics}
+    assert codes == {("HX301", 4), ("HX304", 3)}
+    heads = next(d for d in check(text).diagnostics if d.code == "HX301")
+    assert [related.span.line for related in heads.related] == [3]
+
+
+def test_findings_of_all_stages_come_in_one_run(check: Check) -> None:
+    text = f"{DENSE}seeed: 3\nseed: 4\nseed: 5\nparallelism: gen tp8 cp3\nmax_batch_size: '4'\n"
+    codes = [d.code for d in check(text).diagnostics]
+    assert codes == ["HX101", "HX004", "HX301", "HX102"]
+
+
+def test_an_unknown_model_does_not_hide_the_rest(check: Check) -> None:
+    analysis = check("model: nope\nparallelism: ctx cp2 / gen\n")
+    assert [d.code for d in analysis.diagnostics] == ["HX401", "HX302"]
+    assert analysis.arch is None and not analysis.ok
+
+
+def test_every_code_is_explained_once() -> None:
+    rules = all_rules()
+    codes = [rule.code for rule in rules]
+    assert len(set(codes)) == len(codes)
+    for rule in rules:
+        assert len(rule.explanation) > 40, rule.code
+        assert not rule.title.endswith("."), rule.code
+
+
+def test_every_check_is_listed() -> None:
+    """A check that is written but not named in checks/__init__ would never run."""
+    from helixc.checks import helix, mapping, memory, model, placement
+    from helixc.checks.check import Check as Defined
+
+    families = {mapping: "HX2", helix: "HX3", model: "HX4", memory: "HX5", placement: "HX6"}
+    defined = {m: {v.rule.code for v in vars(m).values() if isinstance(v, Defined)} for m in families}
+    assert set().union(*defined.values()) == {rule.code for rule in checks.rules()}
+    for module, codes in defined.items():
+        assert codes and all(code.startswith(families[module]) for code in codes)

@@ -1,0 +1,170 @@
+"""The plan against hand-written tables and counting."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import time
+from dataclasses import replace
+
+import pytest
+
+from helixc.plan.lower import lower
+from helixc.plan.mapping import Mapping, stages
+from helixc.plan.place import place
+from helixc.plan.show import to_text
+from helixc.plan.verify import find_flaws
+from helixc.spec.spec import Hardware
+from helixc_runtime.manifest import (
+    ManifestError,
+    global_position,
+    local_length,
+    local_slot,
+    owner,
+    plan_from_json,
+    split,
+    to_json,
+)
+from tests.deployments import plan_of, role, spec
+
+# rank: (pp, tp, cp), tp group, cp group, pp group, ffn tp rank, ffn tp, moe tp, moe ep groups: the semantics' example.
+TP2_CP2_PP2_EP2 = {
+    0: ((0, 0, 0), (0, 2), (0, 1), (0, 4), 0, (0, 1, 2, 3), (0, 2), (0, 1)),
+    1: ((0, 0, 1), (1, 3), (0, 1), (1, 5), 1, (0, 1, 2, 3), (1, 3), (0, 1)),
+    2: ((0, 1, 0), (0, 2), (2, 3), (2, 6), 2, (0, 1, 2, 3), (0, 2), (2, 3)),
+    3: ((0, 1, 1), (1, 3), (2, 3), (3, 7), 3, (0, 1, 2, 3), (1, 3), (2, 3)),
+    4: ((1, 0, 0), (4, 6), (4, 5), (0, 4), 0, (4, 5, 6, 7), (4, 6), (4, 5)),
+    5: ((1, 0, 1), (5, 7), (4, 5), (1, 5), 1, (4, 5, 6, 7), (5, 7), (4, 5)),
+    6: ((1, 1, 0), (4, 6), (6, 7), (2, 6), 2, (4, 5, 6, 7), (4, 6), (6, 7)),
+    7: ((1, 1, 1), (5, 7), (6, 7), (3, 7), 3, (4, 5, 6, 7), (5, 7), (6, 7)),
+}
+
+
+@pytest.mark.parametrize("rank", range(8))
+def test_mapping_of_the_semantics_table(rank: int) -> None:
+    mapping = Mapping(tp=2, cp=2, pp=2, moe_ep=2)
+    at, groups = mapping.coordinates(rank), mapping.groups(rank, first=0)
+    found = ((at.pp, at.tp, at.cp), groups.tp, groups.cp, groups.pp, at.ffn_tp)
+    assert (*found, groups.ffn_tp, groups.moe_tp, groups.moe_ep) == TP2_CP2_PP2_EP2[rank]
+
+
+def test_groups_are_global_ranks() -> None:
+    plan = plan_of("llama-3.1-8b", role(tp=2), role(n=2, tp=2, cp=2))
+    assert plan.ranks[2].groups.ffn_tp == (2, 3, 4, 5)
+    assert plan.ranks[9].groups.cp == (8, 9)
+    assert [i.ranks for i in plan.instances] == [(0, 1), (2, 3, 4, 5), (6, 7, 8, 9)]
+
+
+def test_ownership_against_counting() -> None:
+    for _ in range(50):
+        block, cp = random.randint(1, 40), random.randint(1, 9)
+        owned: list[list[int]] = [[] for _ in range(cp)]
+        for position in range(random.randint(0, 400)):
+            owned[(position // block) % cp].append(position)
+            rank = owner(position, block, cp)
+            assert owned[rank][-1] == position
+            assert local_slot(position, block, cp) == len(owned[rank]) - 1
+            assert global_position(len(owned[rank]) - 1, block, cp, rank) == position
+            assert [local_length(position + 1, block, cp, r) for r in range(cp)] == [len(o) for o in owned]
+
+
+def test_seed_example_of_ownership() -> None:
+    """ISL 7, two ranks, blocks of 4: tokens 0-3 on rank 0, 4-6 on rank 1, and the first new token on rank 1."""
+    assert [owner(p, 4, 2) for p in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [local_length(7, 4, 2, r) for r in (0, 1)] == [4, 3]
+
+
+def test_split_gives_the_first_parts_more() -> None:
+    assert [split(10, 4, i) for i in range(4)] == [(0, 3), (3, 6), (6, 8), (8, 10)]
+    assert stages(61, 4, None) == ((0, 16), (16, 31), (31, 46), (46, 61))
+    assert stages(4, 2, (3, 1)) == ((0, 3), (3, 4))
+
+
+MODELS = ("deepseek-v3", "deepseek-v3-lite", "llama-3.1-70b", "qwen3-8b", "qwen3-235b-a22b")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_layout_proves(model: str) -> None:
+    for tp, cp, pp, dp, ctx_tp, ctx_dp in itertools.product(
+        (1, 2, 4), (1, 2, 4), (1, 3), (False, True), (1, 2, 8), (False, True)
+    ):
+        ep = random.choice([n for n in (1, 2, 4, 8, 16) if (tp * cp) % n == 0])
+        plan = plan_of(model, role(tp=ctx_tp, pp=2, dp=ctx_dp), role(n=2, tp=tp, cp=cp, pp=pp, ep=ep, dp=dp))
+        assert find_flaws(plan) == [], (tp, cp, pp, dp, ctx_tp, ctx_dp, ep)
+
+
+def test_weights_of_all_ranks_add_up_to_the_model() -> None:
+    """DeepSeek-V3 has 671 billion parameters; replicated ones count once a rank."""
+    plan = plan_of("deepseek-v3", None, role(), load_format="dummy", dtype="bfloat16")
+    assert plan.reference.memory.weights / 2 == pytest.approx(671.03e9, rel=1e-3)
+    for name, size in (("llama-3.1-8b", 8.03e9), ("llama-3.1-70b", 70.55e9), ("qwen3-235b-a22b", 235.1e9)):
+        assert plan_of(name, None, role(), dtype="bfloat16").reference.memory.weights / 2 == pytest.approx(
+            size, rel=2e-3
+        )
+
+
+def test_kv_per_token_of_deepseek_v3() -> None:
+    """576 elements a layer, the same on every rank: MLA's latent is not split by heads."""
+    plan = plan_of("deepseek-v3", role(tp=8), role(tp=2, cp=4), dtype="bfloat16")
+    assert {r.memory.kv_per_token for r in plan.ranks} == {61 * 576 * 2}
+
+
+def test_shared_gpus_start_over() -> None:
+    plan = plan_of("deepseek-v3-lite", role(tp=2), role(cp=2), hardware=Hardware(1, 2, True))
+    assert [(r.node, r.device) for r in plan.ranks] == [(0, 0), (0, 1), (0, 0), (0, 1)]
+    apart = plan_of("deepseek-v3-lite", role(tp=2), role(cp=2), hardware=Hardware(2, 2, False))
+    assert [(r.node, r.device) for r in apart.ranks] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def test_tied_embeddings_on_one_stage_are_held_once() -> None:
+    plan = plan_of("qwen3-8b", None, role())
+    assert plan.reference.memory.weights == 8_190_735_360 * 4
+    tied = lower(spec("qwen3-8b", None, role()), replace(plan.model.arch, tie_embeddings=True))
+    one_stage = place(tied, lambda *_: ())
+    assert one_stage.reference.memory.weights == (8_190_735_360 - 151936 * 4096) * 4
+
+
+def test_json_is_deterministic_and_reads_back() -> None:
+    plan = plan_of("kimi-k2", role(tp=4), role(n=2, tp=2, cp=4, ep=8))
+    text = to_json(plan)
+    assert to_json(plan_of("kimi-k2", role(tp=4), role(n=2, tp=2, cp=4, ep=8))) == text
+    assert plan_from_json(text) == plan
+    data = json.loads(text)
+    assert data["name"] == "ctxtp4_gen2xtp2cp4ep8"
+    assert data["ranks"][4]["groups"]["cp"] == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(schema=99), "plan schema 99"),
+        (lambda d: d["ranks"][1].pop("cp_rank"), r"\$.ranks\[1\]: missing key 'cp_rank'"),
+        (lambda d: d["ranks"][0]["groups"].update(dp=[0]), r"\$.ranks\[0\].groups: unknown key 'dp'"),
+        (lambda d: d["ranks"][0].update(device="0"), r"\$.ranks\[0\].device: expected int, got '0'"),
+        (lambda d: d["model"].update(dtype="int8"), r"\$.model.dtype: expected one of"),
+        (lambda d: d["ranks"][0].update(layers=[1]), r"\$.ranks\[0\].layers: expected an array"),
+    ],
+)
+def test_a_damaged_plan_names_the_place(change: object, message: str) -> None:
+    data = json.loads(to_json(plan_of("qwen3-8b", role(), role(cp=2))))
+    change(data)  # type: ignore[operator]
+    with pytest.raises(ManifestError, match=message):
+        plan_from_json(json.dumps(data))
+
+
+def test_2048_ranks_in_seconds() -> None:
+    """32 generation instances of tp8 cp8. The bound is loose on purpose; bench/plan.py measures."""
+    start = time.perf_counter()
+    plan = plan_of("deepseek-v3", role(tp=8), role(n=32, tp=8, cp=8, ep=64), dtype="bfloat16")
+    assert find_flaws(plan) == []
+    to_json(plan)
+    assert len(plan.ranks) == 2056
+    assert time.perf_counter() - start < 10
+
+
+def test_text_shows_ranks_and_repurposing() -> None:
+    text = to_text(plan_of("deepseek-v3", role(tp=2), role(n=3, tp=2, cp=2, ep=4)))
+    assert "attention  pp 1 x tp 2 x cp 2" in text
+    assert "the same ranks as pp 1 x tp 4, experts as moe_tp 1 x moe_ep 4" in text
+    assert "instances 1 to 2 are alike: ranks 6 to 13" in text
