@@ -51,6 +51,7 @@ def _explain(verb: argparse.ArgumentParser) -> None:
 def _launch(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("path", type=Path, metavar="FILE|DIR", help="deployment file or artifact")
     verb.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where this host has what the plan needs")
+    verb.add_argument("--checkpoint", type=Path, metavar="DIR", help="the weights' folder, if not the compiled one")
     source = verb.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeatable")
     source.add_argument("--prompts", type=Path, metavar="FILE", help="prompts as JSON lines")

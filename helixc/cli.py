@@ -100,6 +100,7 @@ def _launch(arguments: argparse.Namespace) -> int:
         prompts=tuple(arguments.prompt),
         prompts_file=arguments.prompts,
         device=arguments.device,
+        checkpoint=arguments.checkpoint,
         chat=arguments.chat,
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,

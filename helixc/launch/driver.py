@@ -50,7 +50,8 @@ def launch(artifact_dir: Path, options: LaunchOptions) -> int:
     """
     _accept_any_text()
     try:
-        prepared = prepare(load(artifact_dir), options)
+        checkpoint = str(options.checkpoint.resolve()) if options.checkpoint else None
+        prepared = prepare(load(artifact_dir, checkpoint), options)
         if options.dry_run:
             text = to_json(prepared.launch_plan) if options.format == "json" else None
             sys.stdout.write(text or launch_plan.to_text(prepared.launch_plan))
@@ -66,6 +67,7 @@ def launch(artifact_dir: Path, options: LaunchOptions) -> int:
 def prepare(artifact: Artifact, options: LaunchOptions) -> Launch:
     """Decide everything, start nothing. Raises LaunchError."""
     plan = artifact.plan
+    _check_weights(plan)
     prompts = read_prompts(options)
     tokenizer = _tokenizer(plan, prompts)
     requests = make_requests(plan, prompts, tokenizer, options)
@@ -75,6 +77,7 @@ def prepare(artifact: Artifact, options: LaunchOptions) -> Launch:
     host = this_host()
     job = Job(
         artifact=str(artifact.directory.resolve()),
+        checkpoint=plan.model.checkpoint,
         device=choice.device,
         requests=requests,
         keep_logits=options.verify,
@@ -166,6 +169,19 @@ def _tokenizer(plan: Plan, prompts: Sequence[Prompt]) -> Tokenizer | None:
         if needs := next((p for p in prompts if p.text is not None), None):
             raise LaunchError(f"{needs.source}: {error}") from None
         return None
+
+
+def _check_weights(plan: Plan) -> None:
+    """Raises LaunchError before anything is started if there is nothing to load."""
+    model = plan.model
+    if model.load_format == "dummy":
+        return
+    if model.checkpoint is None:
+        way_out = "set `load_format: dummy` for random weights, or `model:` to a checkpoint folder"
+        raise LaunchError(f"{model.name} is a built-in geometry, which has no weights: {way_out}")
+    if not Path(model.checkpoint).is_dir():
+        way_out = "say with --checkpoint DIR where it is on this machine"
+        raise LaunchError(f"the checkpoint folder {model.checkpoint} does not exist: {way_out}")
 
 
 def _make_run_dir(started: LaunchPlan) -> None:

@@ -21,12 +21,14 @@ class LaunchError(Exception):
 class LaunchOptions:
     """The flags of `helixc launch`. `max_tokens` to `ignore_eos` are what a prompt gets that does not say otherwise.
 
+    `checkpoint` None: the folder that the artifact was compiled with.
     `device` None: cuda if this host has what the plan needs, else cpu. `run_dir` None: a new one under .helixc/runs.
     """
 
     prompts: tuple[str, ...] = ()
     prompts_file: Path | None = None
     device: Device | None = None
+    checkpoint: Path | None = None
     chat: bool = False
     max_tokens: int = 64
     temperature: float = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from helixc_runtime.manifest import SCHEMA, ManifestError, Plan, plan_from_json
@@ -30,8 +30,11 @@ def digest(content: bytes) -> str:
     return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
-def load(directory: Path) -> Artifact:
-    """Load and check the artifact in `directory`. Raises ArtifactError naming the file and the way out."""
+def load(directory: Path, checkpoint: str | None = None) -> Artifact:
+    """Load and check the artifact in `directory`. Raises ArtifactError naming the file and the way out.
+
+    `checkpoint`: the folder of the weights on this machine, where it is not the one the artifact was compiled with.
+    """
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except OSError:
@@ -48,6 +51,8 @@ def load(directory: Path) -> Artifact:
         plan = plan_from_json(contents[PLAN].decode())
     except ManifestError as error:
         raise ArtifactError(f"{directory / PLAN}: {error}") from None
+    if checkpoint is not None:
+        plan = replace(plan, model=replace(plan.model, checkpoint=checkpoint))
     return Artifact(directory, plan, contents[SPEC].decode())
 
 

@@ -74,7 +74,7 @@ class Session:
 
 def run(job: Job, rank: int, world_size: int, run_dir: Path, emit: Emitter) -> None:
     """Run global rank `rank` of the job to its end. Raises on any failure; the launcher ends the others."""
-    artifact = load(Path(job.artifact))
+    artifact = load(Path(job.artifact), job.checkpoint)
     plan, own = artifact.plan, artifact.plan.ranks[rank]
     if world_size != len(plan.ranks):
         raise ValueError(f"WORLD_SIZE is {world_size}, the plan has {len(plan.ranks)} ranks")

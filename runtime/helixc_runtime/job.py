@@ -32,11 +32,14 @@ class Request:
 class Job:
     """All requests of one launch. `artifact` is an absolute directory, `threads` the CPU threads of one rank.
 
+    `checkpoint`: the weights' folder, None for the one in the plan.
+
     `keep_logits`: workers write their logits into the run directory for --verify. A rank that says nothing for
     `deadline_s` seconds is given up.
     """
 
     artifact: str
+    checkpoint: str | None
     device: Device
     requests: tuple[Request, ...]
     keep_logits: bool

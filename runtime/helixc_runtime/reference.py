@@ -71,7 +71,7 @@ def main() -> NoReturn:
 
 def verify(job: Job, run_dir: Path, emit: Emitter) -> None:
     """Compare every request and emit one `verify` event."""
-    plan = load(Path(job.artifact)).plan
+    plan = load(Path(job.artifact), job.checkpoint).plan
     torch.set_num_threads(max(job.threads, 1) * len(plan.ranks) if job.device == "cpu" else 1)
     largest, scale, first = 0.0, 1.0, None
     with torch.inference_mode():

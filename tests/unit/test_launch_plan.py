@@ -28,7 +28,7 @@ HOST = Host(python="/opt/py/bin/python", pythonpath="/src/runtime", cores=12, po
 
 def a_job(*, keep_logits: bool = False) -> Job:
     tokens = tuple(random.choices(range(1000), k=5))
-    return Job("/artifact", "cpu", (Request(0, tokens, 8, 0.5, 0.9, 3, False),), keep_logits, 60.0, 4)
+    return Job("/artifact", None, "cpu", (Request(0, tokens, 8, 0.5, 0.9, 3, False),), keep_logits, 60.0, 4)
 
 
 def test_every_rank_gets_torchruns_environment() -> None:

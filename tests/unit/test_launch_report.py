@@ -203,9 +203,8 @@ def prepared(folder: Path, requests: int, act: str, *, verify: bool = False) -> 
     plan = deployment()
     ids = [tuple(random.choices(range(1000), k=4)) for _ in range(requests)]
     prompts = tuple(Prompt(f"p:{i}", None, ids[i], 5, 0.0, 1.0, 0, True) for i in range(requests))
-    job = Job(
-        "/artifact", "cpu", tuple(Request(i, ids[i], 5, 0.0, 1.0, 0, True) for i in range(requests)), verify, 30.0, 1
-    )
+    wanted = tuple(Request(i, ids[i], 5, 0.0, 1.0, 0, True) for i in range(requests))
+    job = Job("/artifact", None, "cpu", wanted, verify, 30.0, 1)
     started = plan_launch(plan, job, folder, Host(sys.executable, runtime_pythonpath(None), 1, 1234))
     (folder / "logs").mkdir()
     (folder / "job.json").write_text(to_json(job))
