@@ -10,13 +10,18 @@ from torch import Tensor
 
 from helixc_runtime.manifest import Range
 
+RESIDUAL_SCALE = 0.125
+
 _MASK = (1 << 32) - 1
 
 
 def dummy_tensor(seed: int, name: str, shape: tuple[int, ...], box: tuple[Range, ...], device: torch.device) -> Tensor:
     """The `box` of the tensor `name` of `shape`, float32 on `device`.
 
-    Matrices are uniform with standard deviation 1/sqrt(fan-in), norms uniform in [0.5, 1.5], other vectors small.
+    Matrices are uniform with standard deviation 1/sqrt(fan-in), norms uniform in [0.5, 1.5], other vectors small. The
+    embedding has standard deviation 1 and the projections back into the residual stream RESIDUAL_SCALE of theirs: as
+    in a trained model, one layer changes the stream a little, so that rounding, or a near tie in an expert's choice,
+    does not grow from layer to layer.
     """
     key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little")
     uniform = _uniform(_flat_index(shape, box, device), key)  # in [-1, 1)
@@ -24,7 +29,10 @@ def dummy_tensor(seed: int, name: str, shape: tuple[int, ...], box: tuple[Range,
         return 1.0 + 0.5 * uniform
     if len(shape) == 1:
         return 0.05 * uniform
-    return uniform.mul_(math.sqrt(3.0 / shape[-1]))
+    deviation = 1.0 if "embed" in name else 1.0 / math.sqrt(shape[-1])
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        deviation *= RESIDUAL_SCALE
+    return uniform.mul_(deviation * math.sqrt(3.0))
 
 
 def _flat_index(shape: tuple[int, ...], box: tuple[Range, ...], device: torch.device) -> Tensor:

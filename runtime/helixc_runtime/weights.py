@@ -38,6 +38,12 @@ class Weights:
         """The tensor, or None where the model or this rank has none of that name."""
         return self._tensors.get((name, layer))
 
+    def to_float32(self) -> None:
+        """Widen all tensors in place, one by one."""
+        widened: dict[int, Tensor] = {}  # by identity: a tied LM head stays one tensor
+        for key, tensor in self._tensors.items():
+            self._tensors[key] = widened.setdefault(id(tensor), tensor.float())
+
 
 class Source(Protocol):
     """Where pieces come from."""
