@@ -9,7 +9,7 @@ from helixc_runtime.manifest import Instance, Memory, Model, Plan, Range, Rank
 
 _HEAD = (
     *("rank", "node:gpu", "pp tp cp", "layers", "q heads", "kv heads", "tp group", "cp group", "pp group"),
-    *("| after exchange", "ffn tp", "ffn group", "moe tp group", "moe ep group", "experts"),
+    *("held after exchange", "ffn tp", "ffn group", "moe tp group", "moe ep group", "experts"),
 )
 
 
@@ -61,7 +61,7 @@ def _role(plan: Plan, instances: Sequence[Instance]) -> Iterator[str]:
     yield from _memory(ranks)
     if len(instances) > 1:
         others = f"ranks {instances[1].ranks[0]} to {instances[-1].ranks[-1]}"
-        yield f"  instances 1 to {len(instances) - 1} are alike: {others}"
+        yield f"  the other {len(instances) - 1} of them alike: {others}"
 
 
 def _attention_dp(instance: Instance) -> str:
@@ -82,7 +82,7 @@ def _row(rank: Rank) -> tuple[str, ...]:
         _span(rank.q_heads),
         _span(rank.kv_heads),
         *map(_group, (groups.tp, groups.cp, groups.pp)),
-        "| " + _span(rank.out_heads),
+        _span(rank.out_heads),
         str(rank.ffn_tp_rank),
         *map(_group, (groups.ffn_tp, groups.moe_tp, groups.moe_ep) if rank.experts else (groups.ffn_tp, (), ())),
         _span(rank.experts),

@@ -167,4 +167,4 @@ def test_text_shows_ranks_and_repurposing() -> None:
     text = to_text(plan_of("deepseek-v3", role(tp=2), role(n=3, tp=2, cp=2, ep=4)))
     assert "attention  pp 1 x tp 2 x cp 2" in text
     assert "the same ranks as pp 1 x tp 4, experts as moe_tp 1 x moe_ep 4" in text
-    assert "instances 1 to 2 are alike: ranks 6 to 13" in text
+    assert "the other 2 of them alike: ranks 6 to 13" in text
