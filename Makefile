@@ -14,7 +14,7 @@ SMOLLM2 := checkpoints/smollm2-135m-instruct/config.json
 TINY := checkpoints/tiny-deepseek-v3-lite/config.json checkpoints/tiny-qwen3-moe/config.json
 export PROMPT
 
-.PHONY: help run test check fmt golden gpu-test setup examples
+.PHONY: help run test check fmt golden gpu-test setup bench-report examples
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -43,6 +43,9 @@ gpu-test: ## the tests that need a GPU, with $(PYTHON)'s own packages
 	PYTHONPATH=.:runtime $(PYTHON) -m pytest -m gpu tests/gpu
 
 setup: $(VENV)/.installed-dev ## only install, with what development needs
+
+bench-report: $(VENV)/.installed ## docs/performance.md from bench/results
+	$(BIN)/python bench/report.py
 
 examples: $(SMOLLM2) $(TINY) ## the checkpoints of all examples
 
