@@ -51,13 +51,13 @@ def launches(result: dict[str, Any]) -> str:
         )
         for row in result["rows"]
     ]
-    text = (
-        f"Machine: {result['machine']}. Repeat with `python bench/launches.py`. {len(result['prompts'])} prompts of "
-        f"{', '.join(map(str, result['prompts']))} tokens, {result['tokens']} generated each, random weights; context and\n"
-        "generation ranks share the GPUs. The difference is to one unsharded process in float32 arithmetic; random\n"
-        "mixture-of-experts weights in bfloat16 amplify rounding, so `--verify` allows twice what one unsharded bfloat16\n"
-        "process is off. TTL is that of the first, plain kernels and of NCCL, run eagerly: not yet a speed to show.\n"
-    )
+    lengths = ", ".join(map(str, result["prompts"]))
+    text = f"""Machine: {result["machine"]}. Repeat with `python bench/launches.py`. Prompts of {lengths} tokens,
+{result["tokens"]} generated each, random weights; context and generation ranks share the GPUs. The difference is to one
+unsharded process in float32 arithmetic; random mixture-of-experts weights in bfloat16 amplify rounding, so `--verify`
+allows twice what one unsharded bfloat16 process is off. TTL is that of the first, plain kernels and of NCCL, run
+eagerly: not yet a speed to show.
+"""
     head = ("model", "layers", "dtype", "layout", "largest logit difference", "same tokens", "TTL p50, ms")
     return _section("Exactness on GPUs", text, head, rows)
 
