@@ -23,7 +23,7 @@ class Layout:
     max_batch_size: int
     max_seq_len: int
     kv_capacity: int  # tokens of one rank's shard
-    max_pages_per_row: int
+    free_gpu_memory_fraction: float
 
     @property
     def attention_tp(self) -> int:
@@ -76,5 +76,5 @@ def _layout(role: Role, spec: RoleSpec, arch: ModelArch) -> Layout:
         max_batch_size=spec.max_batch_size,
         max_seq_len=max_seq_len,
         kv_capacity=needed if spec.max_tokens is None else min(needed, spec.max_tokens),
-        max_pages_per_row=pages,
+        free_gpu_memory_fraction=spec.free_gpu_memory_fraction,
     )

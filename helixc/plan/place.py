@@ -149,6 +149,7 @@ def _instance(layout: Layout, index: int, first: int) -> Instance:
         attention_dp=layout.attention_dp,
         max_batch_size=layout.max_batch_size,
         max_seq_len=layout.max_seq_len,
+        free_gpu_memory_fraction=layout.free_gpu_memory_fraction,
     )
 
 

@@ -187,9 +187,24 @@ def _ready_key(request: Request) -> str:
 
 def serve_generation(session: Session, ops: Ops) -> None:
     """Decode this instance's requests, admitting each when its prompt is prefilled and its pages are free."""
+    check_room(session.rank, session.instance, session.decoder.device)
     cache = KvCache(session.plan.model, session.rank, session.plan.tokens_per_block, session.decoder.device)
     scheduler = Scheduler(session.plan, session.instance, session.requests, cache.free_pages)
     Generation(session, ops, cache, scheduler).run()
+
+
+def check_room(rank: Rank, instance: Instance, device: torch.device) -> None:
+    """Raise MemoryError, with the way out, if the KV pool does not fit beside what is on the GPU already."""
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    needed = rank.memory.kv_per_token * rank.memory.kv_capacity_tokens
+    if needed > instance.free_gpu_memory_fraction * free:
+        raise MemoryError(
+            f"the KV pool of {rank.memory.kv_capacity_tokens:,} tokens needs {needed / 2**30:.1f} GiB; "
+            f"free_gpu_memory_fraction {instance.free_gpu_memory_fraction:g} of the {free / 2**30:.1f} GiB free on "
+            f"{device} is less: lower max_batch_size, max_seq_len or kv_cache_config.max_tokens"
+        )
 
 
 class Generation:

@@ -174,7 +174,10 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One model replica. `ranks` are global; max_seq_len counts prompt and generated tokens of one request."""
+    """One model replica. `ranks` are global; max_seq_len counts prompt and generated tokens of one request.
+
+    A generation rank's KV pool may take at most free_gpu_memory_fraction of what is free once the weights are loaded.
+    """
 
     role: Role
     index: int
@@ -187,6 +190,7 @@ class Instance:
     attention_dp: bool
     max_batch_size: int
     max_seq_len: int
+    free_gpu_memory_fraction: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ def deployment(
         enable_attention_dp=False,
         max_batch_size=4,
         max_seq_len=max_seq_len,
+        free_gpu_memory_fraction=0.9,
         tokens_per_block=32,
         kv_dtype="auto",
         max_tokens=max_tokens,
@@ -43,6 +44,7 @@ def deployment(
         tensor_parallel_size=context_tp,
         context_parallel_size=1,
         max_seq_len=max_seq_len - 16,
+        free_gpu_memory_fraction=0.9,
         max_tokens=None,
     )
     hardware = Hardware(nodes=None, gpus_per_node=gpus_per_node, share_gpus=False)
