@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from helixc.model import read_model
-from helixc.plan.lower import lower
-from helixc.plan.place import place
-from helixc.spec.spec import Hardware, RoleSpec, Spec
+from helixc.spec.spec import Hardware
 from helixc_runtime.manifest import Plan
+from tests.deployments import plan_of, role
 
 
 def deployment(
@@ -21,33 +17,9 @@ def deployment(
     gpus_per_node: int = 8,
 ) -> Plan:
     """`ctx tp / gen tp cp` of a built-in geometry; `context_instances` 0 plans none."""
-    generation = RoleSpec(
-        num_instances=1,
-        tensor_parallel_size=tp,
-        pipeline_parallel_size=1,
-        context_parallel_size=cp,
-        moe_tensor_parallel_size=None,
-        moe_expert_parallel_size=None,
-        pp_partition=None,
-        enable_attention_dp=False,
-        max_batch_size=4,
-        max_seq_len=max_seq_len,
-        free_gpu_memory_fraction=0.9,
-        tokens_per_block=32,
-        kv_dtype="auto",
-        max_tokens=max_tokens,
-        free_gpu_memory_fraction=0.9,
-    )
-    context = replace(
-        generation,
-        num_instances=context_instances,
-        tensor_parallel_size=context_tp,
-        context_parallel_size=1,
-        max_seq_len=max_seq_len - 16,
-        free_gpu_memory_fraction=0.9,
-        max_tokens=None,
-    )
+    generation = role(tp=tp, cp=cp, batch=4, max_seq_len=max_seq_len, block=32, max_tokens=max_tokens)
+    context = role(n=context_instances, tp=context_tp, batch=4, max_seq_len=max_seq_len - 16, block=32)
     hardware = Hardware(nodes=None, gpus_per_node=gpus_per_node, share_gpus=False)
-    roles = (context if context_instances else None, generation)
-    spec = Spec("llama-3.1-8b", "dummy", 0, "float32", *roles, hardware)
-    return place(lower(spec, read_model("llama-3.1-8b")), lambda *_: ())
+    return plan_of(
+        "llama-3.1-8b", context if context_instances else None, generation, load_format="dummy", hardware=hardware
+    )
