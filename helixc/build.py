@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from helixc.artifact import write
@@ -29,7 +30,7 @@ class Built:
 def make_plan(spec: Spec, arch: ModelArch, arches: tuple[str, ...]) -> Plan:
     """The proven plan with its kernels chosen, not compiled. Raises InvalidPlan, or ValueError for unserved dims."""
     deployment = lower(spec, arch)
-    plan = place(deployment, names_for)
+    plan = place(deployment, partial(names_for, arches))
     verify(plan)
     return with_kernels(plan, tuple(configure(problem).planned() for problem in select(plan, arches)))
 

@@ -39,7 +39,7 @@ class Cubin:
             arch=config.spec.arch,
             cubin=f"kernels/{self.directory.name}/kernel.cubin",
             registers=self.registers,
-            shared_bytes=self.shared_bytes,
+            shared_bytes=self.shared_bytes + (config.dynamic_shared or 0),
             spill_bytes=self.spill_bytes,
         )
 

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from helixc.codegen.problem import KernelSpec, Param
 from helixc_runtime.manifest import DTYPE_BYTES, Kernel
 
 _STATIC_SHARED = 48 * 1024  # bytes a thread block may declare without asking the driver for more
 _THREADS = 128
+_HOPPER_SHARED = 231_424  # what the MLA partial uses of the 232,448 bytes a thread block may have
+_HOPPER_SPLITS = 148  # thread blocks of the largest chip: no row is cut into more
+_GQA_TILE = 64
 _HEAD_TILES = (8, 4, 2, 1)
 _TOKEN_TILES = (64, 32, 16, 8, 4)
 
 
 @dataclass(frozen=True, slots=True)
 class KernelConfig:
-    """A problem and how to run it. The tiles belong to the partial kernel and are None for the others."""
+    """A problem and how to run it. What a kernel has no use for is None."""
 
     spec: KernelSpec
     threads: int
     head_tile: int | None = None  # query heads of one KV head that a thread block serves
     token_tile: int | None = None  # tokens in shared memory at a time
+    stages: int | None = None  # tiles in flight
+    cluster: int | None = None  # thread blocks that share a tile
+    max_splits: int | None = None  # partials of one row that the merge has room for
+    overlap: str | None = None  # what it does while the kernel before it still runs: Overlap in gqa_tile.cuh
+    dynamic_shared: int | None = None  # bytes of shared memory that the launch gives
 
     @property
     def params(self) -> dict[str, Param]:
         """Problem and choice together, as the template and the artifact see them."""
-        choice = {"threads": self.threads, "head_tile": self.head_tile, "token_tile": self.token_tile}
+        choice = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "spec"}
         return dict(self.spec.params) | {key: value for key, value in choice.items() if value is not None}
 
     def planned(self) -> Kernel:
@@ -35,8 +43,37 @@ class KernelConfig:
 
 def configure(spec: KernelSpec) -> KernelConfig:
     """Choose threads and tiles. Raises ValueError if no tile of the partial kernel fits shared memory."""
-    if spec.template != "partial":
-        return KernelConfig(spec, _THREADS)
+    match spec.template:
+        case "partial":
+            return _portable_partial(spec)
+        case "mla_schedule":
+            return KernelConfig(spec, threads=256)
+        case "mla_partial":
+            cluster = 2 if dict(spec.params)["heads"] == 128 else 1  # 64 heads' output fills the register files
+            return KernelConfig(spec, threads=512, cluster=cluster, dynamic_shared=_HOPPER_SHARED)
+        case "mla_merge":
+            return KernelConfig(spec, threads=512, max_splits=_HOPPER_SPLITS)
+        case "gqa_schedule":
+            return KernelConfig(spec, threads=32, token_tile=_GQA_TILE)
+        case "gqa_partial":
+            return _gqa_partial(spec)
+        case _:
+            return KernelConfig(spec, _THREADS)
+
+
+def _gqa_partial(spec: KernelSpec) -> KernelConfig:
+    """Four warps that compute and one that copies; 128 KiB of K and V in flight."""
+    params = dict(spec.params)
+    dim, columns = int(params["head_dim"]), 8 if int(params["heads"]) // int(params["kv_heads"]) <= 8 else 16
+    stages = 512 // dim
+    used = stages * (2 * _GQA_TILE * dim * 2 + 16) + 2 * 4 * columns * 4 + 64 + 3072 + 16  # GqaShared, gqa_tile.cuh
+    shared = -(-used // 1024) * 1024
+    return KernelConfig(
+        spec, threads=160, token_tile=_GQA_TILE, stages=stages, overlap="old_tokens", dynamic_shared=shared
+    )
+
+
+def _portable_partial(spec: KernelSpec) -> KernelConfig:
     params = dict(spec.params)
     heads, kv_heads, dim = int(params["heads"]), int(params["kv_heads"]), int(params["head_dim"])
     size, copies = DTYPE_BYTES[str(params["kv_dtype"])], 1 if params["mla"] else 2

@@ -10,6 +10,7 @@ from typing import Any
 from helixc.codegen.render import KernelSource
 
 FLAGS = ("-std=c++17", "--ptxas-options=-v")
+_NO_CACHE = "-no-cache"  # some NVRTCs keep a cache of their own, from which a cubin comes without ptxas' log
 
 
 class NvrtcMissing(RuntimeError):
@@ -53,6 +54,10 @@ class Nvrtc:
             flags = [flag.encode() for flag in (f"-arch={spec.arch}", *FLAGS)]
             result = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
             log = self._log(program)
+            if result[0] == nvrtc.nvrtcResult.NVRTC_SUCCESS and "registers" not in log:
+                flags.append(_NO_CACHE.encode())
+                result = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
+                log = self._log(program)
             if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
                 raise CompileError(f"kernel {spec.name} does not compile for {spec.arch}: {result[0].name}\n{log}")
             cubin = bytes(self._call("size", nvrtc.nvrtcGetCUBINSize(program)))  # the binding writes into it

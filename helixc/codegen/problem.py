@@ -29,7 +29,59 @@ def problems(shape: AttentionShape, cp: int, arch: str) -> tuple[KernelSpec, ...
 
     Also with cp = 1, so that every deployment runs the same steps; its combine merges one partial.
     """
-    return _append(shape, arch), _partial(shape, arch), _merge(shape, arch), _combine(shape, cp, arch)
+    return _append(shape, arch), *attention(shape, arch), _combine(shape, cp, arch)
+
+
+def attention(shape: AttentionShape, arch: str) -> tuple[KernelSpec, ...]:
+    """The kernels of Ops.attend: Hopper's own where they serve the shape, else the portable ones."""
+    if arch == "sm_90a" and _hopper_mla(shape):
+        return _mla_schedule(arch), _mla_partial(shape, arch), _mla_merge(shape, arch)
+    if arch == "sm_90a" and _hopper_gqa(shape):
+        return _gqa_schedule(shape, arch), _gqa_partial(shape, arch)
+    return _partial(shape, arch), _merge(shape, arch)
+
+
+def _hopper_mla(shape: AttentionShape) -> bool:
+    dims = (shape.head_dim, shape.partial_dim) == (576, 512)
+    return (
+        _all_bfloat16(shape) and shape.is_mla and dims and shape.heads in (16, 32, 64, 128) and shape.block in (32, 64)
+    )
+
+
+def _hopper_gqa(shape: AttentionShape) -> bool:
+    pages = shape.block % 64 == 0 or shape.block in (16, 32)  # boxes of the copy engine that fill a tile of 64 tokens
+    return _all_bfloat16(shape) and not shape.is_mla and shape.head_dim in (64, 128) and shape.group <= 16 and pages
+
+
+def _all_bfloat16(shape: AttentionShape) -> bool:
+    return shape.dtype == shape.kv_dtype == "bfloat16"
+
+
+def _mla_schedule(arch: str) -> KernelSpec:
+    return KernelSpec("mla_schedule", "mla_schedule", (), arch)
+
+
+def _mla_partial(shape: AttentionShape, arch: str) -> KernelSpec:
+    params: Params = (*_heads(shape), ("partial_dim", shape.partial_dim), ("scale", shape.scale))
+    return KernelSpec(f"mla_partial_h{shape.heads}_b{shape.block}", "mla_partial", params, arch)
+
+
+def _mla_merge(shape: AttentionShape, arch: str) -> KernelSpec:
+    params: Params = (("heads", shape.heads), ("partial_dim", shape.partial_dim))
+    return KernelSpec(f"mla_merge_h{shape.heads}", "mla_merge", params, arch)
+
+
+def _gqa_schedule(shape: AttentionShape, arch: str) -> KernelSpec:
+    return KernelSpec(f"gqa_schedule_{_gqa_dims(shape)}", "gqa_schedule", _heads(shape), arch)
+
+
+def _gqa_partial(shape: AttentionShape, arch: str) -> KernelSpec:
+    params: Params = (*_heads(shape), ("partial_dim", shape.partial_dim), ("scale", shape.scale))
+    return KernelSpec(f"gqa_partial_{_gqa_dims(shape)}", "gqa_partial", params, arch)
+
+
+def _gqa_dims(shape: AttentionShape) -> str:
+    return f"h{shape.heads}_kv{shape.kv_heads}_d{shape.head_dim}_b{shape.block}"
 
 
 def _append(shape: AttentionShape, arch: str) -> KernelSpec:

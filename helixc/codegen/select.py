@@ -20,8 +20,9 @@ def select(plan: Plan, arches: tuple[str, ...]) -> tuple[KernelSpec, ...]:
     return tuple(specs)
 
 
-def names_for(model: Model, rank: Rank, instance: Instance, block: int) -> tuple[str, ...]:
-    """Names of the kernels `rank` of `instance` runs; context ranks prefill in torch and need none."""
+def names_for(arches: tuple[str, ...], model: Model, rank: Rank, instance: Instance, block: int) -> tuple[str, ...]:
+    """Names of the kernels `rank` of `instance` runs on any of `arches`; context ranks prefill in torch, with none."""
     if instance.role == "context":
         return ()
-    return tuple(spec.name for spec in problems(attention_shape(model, rank, block), instance.cp, arch=""))
+    shape = attention_shape(model, rank, block)
+    return tuple(dict.fromkeys(spec.name for arch in arches for spec in problems(shape, instance.cp, arch)))

@@ -44,6 +44,14 @@ class DecodeBatch:
 class Ops(Protocol):
     """Shapes: H query heads and KH KV heads of this rank, D head_dim, P partial_dim. ValueError on a mismatch."""
 
+    def begin_step(self, batch: DecodeBatch) -> None:
+        """Prepare a step: what depends on the lengths and pages alone, once for all layers.
+
+        All tokens but those of this step's append must have been written before. `batch` must not change until the
+        step's last layer is done. Inside a captured graph it is part of what is replayed, with the lengths of then.
+        """
+        ...
+
     def append(self, q: Tensor, k: Tensor, v: Tensor | None, cache: LayerCache, batch: DecodeBatch) -> Tensor:
         """Rotate the last rope_dim dims of q [B, H, D] and k [B, KH, D] (MLA: [B, 1, D]); store k, v of owned rows.
 

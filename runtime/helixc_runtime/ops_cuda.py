@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from helixc_runtime.attend_cuda import ARGUMENTS as ATTEND_ARGUMENTS
+from helixc_runtime.attend_cuda import EARLY, address, make_attend
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.cubin import LoadedKernel, check_arch
 from helixc_runtime.manifest import Kernel
@@ -15,15 +17,12 @@ from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
 from helixc_runtime.shape_checks import check_append, check_attend, check_combine
 
 _WARP = 32
-_WAVES = 2  # thread blocks of the partial kernel to aim for, per multiprocessor
-_MAX_SPLITS = 64
 
 # The launch arguments of each template, in order.
 _ARGUMENTS = {
     "append": ("pointer",) * 10 + ("int32",),
-    "partial": ("pointer",) * 7 + ("int32",),
-    "merge": ("pointer",) * 4 + ("int32", "int32"),
     "combine": ("pointer",) * 4 + ("int32",),
+    **ATTEND_ARGUMENTS,
 }
 
 
@@ -48,10 +47,18 @@ class CudaOps:
         self._combines = {int(kernel.params["cp"]): kernel for kernel in chosen if kernel.template == "combine"}
         for kernel in chosen:
             _check_kernel(kernel, shape)
-        if missing := {"append", "partial", "merge"} - self._kernels.keys():
-            raise ValueError(f"the rank has no {sorted(missing)[0]} kernel for {arch}")
+        if "append" not in self._kernels:
+            raise ValueError(f"the rank has no append kernel for {arch}")
         self._loaded = {kernel.name: _load(kernel, artifact_dir, device) for kernel in chosen}
-        self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._attend = make_attend(shape, self._kernels, self._loaded, device)
+        self._step: DecodeBatch | None = None
+
+    def begin_step(self, batch: DecodeBatch) -> None:
+        """See Ops.begin_step. Raises ValueError on a wrong dtype, device or memory layout."""
+        self._expect("int32", page_table=batch.page_table, lengths=batch.lengths)
+        if len(batch.lengths):
+            self._attend.begin_step(batch)
+        self._step = batch
 
     def append(self, q: Tensor, k: Tensor, v: Tensor | None, cache: LayerCache, batch: DecodeBatch) -> Tensor:
         """See Ops.append. Raises ValueError on a wrong shape, dtype, device or memory layout."""
@@ -64,7 +71,7 @@ class CudaOps:
         rotated, rows = torch.empty_like(q), q.shape[0]
         pointers = (rotated, q, k, v, cache.k, cache.v, batch.cos, batch.sin, batch.owned, batch.slots)
         warps = rows * (self.shape.heads + self.shape.kv_heads)
-        self._launch_warps(self._kernels["append"], warps, *map(_address, pointers), rows)
+        self._launch_warps(self._kernels["append"], warps, *map(address, pointers), rows)
         return rotated
 
     def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Partial:
@@ -72,19 +79,13 @@ class CudaOps:
         check_attend(self.shape, q, cache, batch)
         self._expect(self.shape.dtype, q=q)
         self._expect(self.shape.kv_dtype, cache_k=cache.k, cache_v=cache.v)
-        self._expect("int32", page_table=batch.page_table, lengths=batch.lengths)
         _expect_aligned(cache)
-        rows, max_pages = batch.page_table.shape
-        if rows == 0:
-            return self._empty_partial(0, self.shape.heads)
-        kernel = self._kernels["partial"]
-        tiles = self.shape.kv_heads * -(-self.shape.group // int(kernel.params["head_tile"]))
-        splits = self._splits(rows * tiles, max_pages * self.shape.block, int(kernel.params["token_tile"]))
-        o = torch.empty(splits, rows, self.shape.heads, self.shape.partial_dim, dtype=torch.float32, device=self.device)
-        lse = torch.empty(splits, rows, self.shape.heads, dtype=torch.float32, device=self.device)
-        pointers = (o, lse, q, cache.k, cache.v, batch.page_table, batch.lengths)
-        self._loaded[kernel.name].launch((tiles, rows, splits), *map(_address, pointers), max_pages)
-        return self._merge(o, lse)
+        if self._step is not batch:
+            self.begin_step(batch)
+        out = self._empty_partial(len(q), self.shape.heads)
+        if len(q):
+            self._attend.attend(q, cache, batch, out)
+        return out
 
     def combine(self, o: Tensor, lse: Tensor) -> Partial:
         """See Ops.combine. Raises ValueError on a wrong shape, dtype, device, layout or number of partials."""
@@ -97,16 +98,7 @@ class CudaOps:
         out = self._empty_partial(rows, heads)
         count = rows * heads
         pointers = (out.o, out.lse, o, lse)
-        self._launch_warps(self._combines[parts], count, *map(_address, pointers), count)
-        return out
-
-    def _merge(self, o: Tensor, lse: Tensor) -> Partial:
-        """Merge the float32 splits of this rank into one partial of the model's dtype."""
-        splits, rows, heads = lse.shape
-        out = self._empty_partial(rows, heads)
-        count = rows * heads
-        pointers = (out.o, out.lse, o, lse)
-        self._launch_warps(self._kernels["merge"], count, *map(_address, pointers), splits, count)
+        self._launch_warps(self._combines[parts], count, *map(address, pointers), count)
         return out
 
     def _empty_partial(self, rows: int, heads: int) -> Partial:
@@ -119,11 +111,6 @@ class CudaOps:
         if warps:
             per_block = int(kernel.params["threads"]) // _WARP
             self._loaded[kernel.name].launch((-(-warps // per_block), 1, 1), *values)
-
-    def _splits(self, thread_blocks: int, max_tokens: int, token_tile: int) -> int:
-        """Enough splits to fill the GPU, but none without a tile of tokens. Known without reading the lengths."""
-        wanted = -(-self._processors * _WAVES // thread_blocks)
-        return max(1, min(wanted, -(-max_tokens // token_tile), _MAX_SPLITS))
 
     def _expect(self, dtype: str, **tensors: Tensor | None) -> None:
         """Raise ValueError unless each tensor (None: not there) is of `dtype`, contiguous, and on this GPU."""
@@ -142,7 +129,8 @@ def _load(kernel: Kernel, artifact_dir: Path, device: torch.device) -> LoadedKer
     if kernel.cubin is None:
         raise ValueError(f"kernel {kernel.name} was planned but not compiled")
     arguments, threads = _ARGUMENTS[kernel.template], int(kernel.params["threads"])
-    return LoadedKernel(artifact_dir / kernel.cubin, kernel.name, arguments, threads, device)
+    shared, early = int(kernel.params.get("dynamic_shared", 0)), kernel.template in EARLY
+    return LoadedKernel(artifact_dir / kernel.cubin, kernel.name, arguments, threads, device, shared, early)
 
 
 def _check_kernel(kernel: Kernel, shape: AttentionShape) -> None:
@@ -158,7 +146,3 @@ def _expect_aligned(cache: LayerCache) -> None:
     for name, tensor in (("cache_k", cache.k), ("cache_v", cache.v)):
         if tensor is not None and tensor.data_ptr() % 16:
             raise ValueError(f"{name} does not start at a multiple of 16 bytes")
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -20,6 +20,9 @@ class TorchOps:
     def __init__(self, shape: AttentionShape) -> None:
         self.shape = shape
 
+    def begin_step(self, batch: DecodeBatch) -> None:
+        """See Ops.begin_step: there is nothing to prepare."""
+
     def append(self, q: Tensor, k: Tensor, v: Tensor | None, cache: LayerCache, batch: DecodeBatch) -> Tensor:
         """See Ops.append. Raises ValueError on a shape mismatch."""
         check_append(self.shape, q, k, v, cache, batch)

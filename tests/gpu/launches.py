@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def compiled(
         moe = replace(arch.moe, layers=tuple(i for i in arch.moe.layers if i < layers)) if arch.moe else None
         arch = replace(arch, num_layers=layers, moe=moe)
     fields: dict[str, Any] = {"load_format": "dummy", "dtype": dtype, "hardware": Hardware(1, 2, True)}
-    plan = place(lower(spec(model, context, generation, **fields), arch), names_for)
+    plan = place(lower(spec(model, context, generation, **fields), arch), partial(names_for, ("sm_90a",)))
     verify(plan)
     cubins = compile_all(render_all(select(plan, ("sm_90a",))))
     plan = with_kernels(plan, tuple(cubin.kernel() for cubin in cubins))

@@ -26,7 +26,17 @@ _TYPES = {"pointer": ctypes.c_uint64, "int32": ctypes.c_int32}
 class CpuKernel:
     """Stands in for LoadedKernel: the "cubin" is a shared library."""
 
-    def __init__(self, path: Path, name: str, arguments: Sequence[str], threads: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        arguments: Sequence[str],
+        threads: int,
+        device: torch.device,
+        shared: int = 0,
+        early: bool = False,
+    ) -> None:
+        assert shared == 0 and not early, "only the portable kernels run on the CPU"
         self._run = ctypes.CDLL(str(path)).run
         self._threads = threads
         self._slots = [_TYPES[kind]() for kind in arguments]
@@ -48,13 +58,13 @@ def cpu_ops(
 ) -> ops_cuda.CudaOps:
     """CudaOps whose kernels run on the CPU, from the templates at `root`, for `processors` multiprocessors."""
     root = root or template_root()
-    monkeypatch.setattr(ops_cuda, "check_arch", lambda arches, device: "sm_90a")
+    monkeypatch.setattr(ops_cuda, "check_arch", lambda arches, device: "sm_100a")
     monkeypatch.setattr(ops_cuda, "LoadedKernel", CpuKernel)
     # What CudaOps asks of the GPU.
     properties = types.SimpleNamespace(multi_processor_count=processors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     kernels = []
-    for source in render_all(problems(shape, cp, "sm_90a"), root):
+    for source in render_all(problems(shape, cp, "sm_100a"), root):
         planned = source.config.planned()
         library = _build(source, folder, root)
         kernels.append(dataclasses.replace(planned, cubin=library.name))

@@ -9,29 +9,49 @@ import pytest
 
 from helixc.codegen.build import render_all
 from helixc.codegen.config import configure
-from helixc.codegen.problem import problems
+from helixc.codegen.problem import attention, problems
 from helixc.codegen.render import Renderer, RenderError
 from helixc.codegen.select import names_for, select
 from helixc.codegen.template_root import template_root
+from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.manifest import SCHEMA, Groups, Instance, Memory, Model, ModelArch, Plan, Rank, Role, Rope
 from tests.gpu.kernel_cases import gqa, mla
 
 
 def test_names_say_what_a_kernel_is_specialised_on() -> None:
-    names = [spec.name for spec in problems(mla(64, 32), 2, "sm_90a")]
-    assert names == [
-        "append_mla_h64_d576_r64_b32_bf16",
-        "partial_mla_h64_d576_b32_bf16",
-        "merge_p512_bf16",
-        "combine_cp2_p512_bf16",
-    ]
-    assert problems(gqa(8, 1, 128, 32), 1, "sm_90a")[3].name == "combine_cp1_p128_bf16"
+    append, combine = "append_mla_h64_d576_r64_b32_bf16", "combine_cp2_p512_bf16"
+    names = {arch: [spec.name for spec in problems(mla(64, 32), 2, arch)] for arch in ("sm_90a", "sm_100a")}
+    assert names["sm_90a"] == [append, "mla_schedule", "mla_partial_h64_b32", "mla_merge_h64", combine]
+    assert names["sm_100a"] == [append, "partial_mla_h64_d576_b32_bf16", "merge_p512_bf16", combine]
+    assert problems(gqa(8, 1, 128, 32), 1, "sm_90a")[-1].name == "combine_cp1_p128_bf16"
     assert problems(gqa(8, 1, 128, 32, "float16"), 1, "")[1].name == "partial_gqa_h8_kv1_d128_b32_f16"
+
+
+@pytest.mark.parametrize(
+    ("shape", "hopper"),
+    [
+        (mla(16, 32), True),
+        (mla(128, 64), True),
+        (mla(24, 32), False),  # heads
+        (mla(64, 16), False),  # pages shorter than a copy's box
+        (mla(64, 32, "float16"), False),
+        (gqa(64, 8, 128, 64), True),
+        (gqa(16, 1, 64, 16), True),
+        (gqa(17, 1, 128, 64), False),  # more heads a KV head than columns
+        (gqa(8, 1, 96, 64), False),
+        (gqa(8, 1, 128, 4), False),
+        (gqa(8, 1, 128, 96), False),
+    ],
+)
+def test_hopper_kernels_where_they_serve_the_shape(shape: AttentionShape, hopper: bool) -> None:
+    for arch, expected in (("sm_90a", hopper), ("sm_100a", False)):
+        templates = {spec.template for spec in attention(shape, arch)}
+        assert ("partial" not in templates) == expected, (arch, templates)
 
 
 @pytest.mark.parametrize("group", [*range(1, 18), 128])
 def test_head_tiles_cover_the_group(group: int) -> None:
-    tile = configure(problems(gqa(group, 1, 64, 32), 1, "sm_90a")[1]).head_tile
+    tile = configure(problems(gqa(group, 1, 64, 32), 1, "sm_100a")[1]).head_tile
     assert tile is not None and 1 <= tile <= 8
     assert -(-group // tile) == -(-group // 8)  # as few tiles as with full ones
 
@@ -75,16 +95,15 @@ def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     ranks = (_rank(0, "context", 32, 8), _rank(1, "generation", 16, 4), _rank(2, "generation", 16, 4))
     plan = Plan(SCHEMA, "p", model, 32, (context, generation), ranks, (), (), ranks[0], ())
     specs = select(plan, ("sm_90a", "sm_100a"))
-    names = names_for(model, ranks[1], generation, 32)
-    assert names == (
-        "append_gqa_h16_kv4_d64_r64_b32_bf16",
-        "partial_gqa_h16_kv4_d64_b32_bf16",
-        "merge_p64_bf16",
-        "combine_cp2_p64_bf16",
-    )
-    assert [(s.arch, s.name) for s in specs] == [(arch, name) for arch in ("sm_90a", "sm_100a") for name in names]
-    assert names_for(model, ranks[0], context, 32) == ()
-    planned = configure(specs[1]).planned()
+    hopper, other = (names_for((arch,), model, ranks[1], generation, 32) for arch in ("sm_90a", "sm_100a"))
+    append, combine = "append_gqa_h16_kv4_d64_r64_b32_bf16", "combine_cp2_p64_bf16"
+    assert hopper == (append, "gqa_schedule_h16_kv4_d64_b32", "gqa_partial_h16_kv4_d64_b32", combine)
+    assert other == (append, "partial_gqa_h16_kv4_d64_b32_bf16", "merge_p64_bf16", combine)
+    both = names_for(("sm_90a", "sm_100a"), model, ranks[1], generation, 32)
+    assert both == (*hopper[:3], combine, *other[1:3])
+    assert [s.name for s in specs] == [*hopper, *other]
+    assert names_for(("sm_90a",), model, ranks[0], context, 32) == ()
+    planned = configure(specs[2]).planned()
     assert planned.params["scale"] == 0.125 and planned.cubin is None
 
 
@@ -97,7 +116,7 @@ def test_dims_no_kernel_serves() -> None:
 
 def test_a_template_line_is_the_line_of_the_message() -> None:
     """The text after #line 1 is the template line by line: no template holds a statement."""
-    for source in render_all(problems(mla(16, 4), 2, "sm_90a")):
+    for source in render_all((*problems(mla(16, 4), 2, "sm_90a"), *attention(mla(128, 32), "sm_90a"))):
         template = template_root() / "kernels" / f"{source.config.spec.template}.cu.j2"
         assert "{%" not in template.read_text()
         marker = f'#line 1 "kernels/{template.name}"\n'

@@ -79,6 +79,8 @@ class Decoder:
         when there are none.
         """
         attention = make_attention(self.arch, self.weights, rotary)
+        if batch is not None:
+            ops.begin_step(batch)
 
         def attend(layer: int, x: Tensor) -> Tensor:
             if batch is None:

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 from helixc.codegen.build import render_all
-from helixc.codegen.problem import problems
+from helixc.codegen.problem import attention, problems
 from helixc.codegen.render import KernelSource
 from tests.gpu.kernel_cases import gqa, mla
 
 _HERE = Path(__file__).parent
 _SOURCES = render_all(
     (
-        *problems(mla(64, 32), 2, "sm_90a"),
+        *problems(mla(64, 32), 2, "sm_100a"),
+        *attention(mla(128, 32), "sm_90a"),
+        *attention(gqa(64, 8, 128, 64), "sm_90a"),
         problems(gqa(8, 1, 128, 64, "float16"), 1, "sm_90a")[1],
         problems(gqa(9, 3, 64, 4, "float32"), 3, "sm_90a")[0],
     )

@@ -1,0 +1,188 @@
+"""Ops.attend by cubins: the portable split-KV kernels, and Hopper's for MLA and for GQA.
+
+Each is a schedule, made on the GPU from the lengths once a step, and what every layer then launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from helixc_runtime.attention_shape import AttentionShape
+from helixc_runtime.cubin import LoadedKernel
+from helixc_runtime.manifest import Kernel
+from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
+from helixc_runtime.tensor_map import TensorMap, TensorMaps
+
+# The launch arguments of each template, in order.
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "partial": ("pointer",) * 7 + ("int32",),
+    "merge": ("pointer",) * 4 + ("int32", "int32"),
+    "mla_schedule": ("pointer",) * 4 + ("int32", "int32"),
+    "mla_partial": ("map",) * 3 + ("pointer",) * 6 + ("int32",),
+    "mla_merge": ("pointer",) * 6,
+    "gqa_schedule": ("pointer",) * 3 + ("int32", "int32"),
+    "gqa_partial": ("map",) * 2 + ("pointer",) * 8 + ("int32", "int32"),
+}
+# Launched before their predecessor has ended (programmatic dependent launch). Until they wait for it they read what is
+# older: the schedule, the page table and all but the newest tokens. So another kernel must lie in between.
+EARLY = frozenset({"mla_partial", "mla_merge", "gqa_partial"})
+
+_WARP = 32
+_WAVES = 2  # thread blocks of the portable partial kernel to aim for, per multiprocessor
+_MAX_SPLITS = 64
+
+
+Chosen = Mapping[str, tuple[Kernel, LoadedKernel]]  # by template
+
+
+class Attend(Protocol):
+    """One way to compute Ops.attend. Arguments have been checked; there is at least one row."""
+
+    def begin_step(self, batch: DecodeBatch) -> None:
+        """Schedule a step's attention. Its batch must stay as it is until the step's last layer."""
+        ...
+
+    def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> None:
+        """Fill `out` with the partial of one layer."""
+        ...
+
+
+def make_attend(
+    shape: AttentionShape, kernels: Mapping[str, Kernel], loaded: Mapping[str, LoadedKernel], device: torch.device
+) -> Attend:
+    """The way that the kernels at hand, by template, allow. Raises ValueError if none is whole."""
+    chosen = {template: (kernel, loaded[kernel.name]) for template, kernel in kernels.items()}
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    if {"mla_schedule", "mla_partial", "mla_merge"} <= chosen.keys():
+        return HopperMla(shape, chosen, processors, device)
+    if {"gqa_schedule", "gqa_partial"} <= chosen.keys():
+        return HopperGqa(shape, chosen, processors, device)
+    if {"partial", "merge"} <= chosen.keys():
+        return Portable(shape, chosen, processors, device)
+    raise ValueError("the rank has no whole set of attention kernels for this GPU's architecture")
+
+
+class Portable:
+    """Splits of equal token count, as many as fill the GPU, then a merge."""
+
+    def __init__(self, shape: AttentionShape, chosen: Chosen, processors: int, device: torch.device) -> None:
+        self.shape, self.processors, self.device = shape, processors, device
+        self.partial_kernel, self.partial = chosen["partial"]
+        self.merge_kernel, self.merge = chosen["merge"]
+
+    def begin_step(self, batch: DecodeBatch) -> None:
+        """Nothing: the splits follow from the shapes."""
+
+    def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> None:
+        rows, max_pages = batch.page_table.shape
+        tiles = self.shape.kv_heads * -(-self.shape.group // int(self.partial_kernel.params["head_tile"]))
+        token_tile = int(self.partial_kernel.params["token_tile"])
+        splits = self._splits(rows * tiles, max_pages * self.shape.block, token_tile)
+        size = (splits, rows, self.shape.heads)
+        o = torch.empty(*size, self.shape.partial_dim, dtype=torch.float32, device=self.device)
+        lse = torch.empty(*size, dtype=torch.float32, device=self.device)
+        pointers = (o, lse, q, cache.k, cache.v, batch.page_table, batch.lengths)
+        self.partial.launch((tiles, rows, splits), *map(address, pointers), max_pages)
+        count = rows * self.shape.heads
+        per_block = int(self.merge_kernel.params["threads"]) // _WARP
+        blocks = (-(-count // per_block), 1, 1)
+        self.merge.launch(blocks, *map(address, (out.o, out.lse, o, lse)), splits, count)
+
+    def _splits(self, thread_blocks: int, max_tokens: int, token_tile: int) -> int:
+        """Enough splits to fill the GPU, but none without a tile of tokens. Known without reading the lengths."""
+        wanted = -(-self.processors * _WAVES // thread_blocks)
+        return max(1, min(wanted, -(-max_tokens // token_tile), _MAX_SPLITS))
+
+
+class HopperMla:
+    """templates/kernels/mla_*: workers of one thread block, or of two that share every tile, and one merge."""
+
+    MERGE_BLOCKS = 264  # two a multiprocessor of an H100
+
+    def __init__(self, shape: AttentionShape, chosen: Chosen, processors: int, device: torch.device) -> None:
+        kernel, self.partial = chosen["mla_partial"]
+        self.schedule, self.merge = chosen["mla_schedule"][1], chosen["mla_merge"][1]
+        self.shape, self.device = shape, device
+        self.cluster = int(kernel.params["cluster"])
+        self.workers = processors // self.cluster
+        self.split = torch.zeros(self.workers, 4, dtype=torch.int32, device=device)
+        self.split_count = torch.zeros(1, dtype=torch.int32, device=device)
+        size = (2 * self.workers, shape.heads)
+        self.part_o = torch.empty(*size, shape.partial_dim, dtype=torch.bfloat16, device=device)
+        self.part_lse = torch.empty(*size, dtype=torch.float32, device=device)
+        self.segments: dict[int, Tensor] = {}  # by number of rows
+        self.maps = TensorMaps()
+        self.marker = torch.zeros(1, device=device)
+
+    def begin_step(self, batch: DecodeBatch) -> None:
+        rows = len(batch.lengths)
+        pointers = (self._segments(rows), self.split, self.split_count, batch.lengths)
+        self.schedule.launch((1, 1, 1), *map(address, pointers), rows, self.workers)
+        self.marker.add_(1)  # see EARLY
+
+    def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> None:
+        rows, max_pages = batch.page_table.shape
+        heads = self.shape.heads
+        # 8 rows of 9 chunks of 64 columns are the unit: what one swizzled matrix of the tensor cores holds.
+        q_map = self.maps.get(q, (64, 8, 9, heads // 8, rows), (1152, 128, 9216, heads * 1152), (64, 8, 9, 8, 1))
+        dims, strides = (64, 8, 9, cache.k.shape[0] * self.shape.block // 8), (1152, 128, 9216)
+        kv_map, rotary_map = (self.maps.get(cache.k, dims, strides, (64, 8, chunks, 4)) for chunks in (2, 1))
+        table, segments = batch.page_table, self._segments(rows)
+        pointers = (out.o, out.lse, self.part_o, self.part_lse, table, segments)
+        grid = (self.workers * self.cluster, 1, 1)
+        self.partial.launch(grid, q_map, kv_map, rotary_map, *map(address, pointers), max_pages)
+        pointers = (out.o, out.lse, self.part_o, self.part_lse, self.split, self.split_count)
+        self.merge.launch((self.MERGE_BLOCKS, 1, 1), *map(address, pointers))
+
+    def _segments(self, rows: int) -> Tensor:
+        """A buffer a batch size: captured graphs keep theirs."""
+        if rows not in self.segments:
+            size = (rows + 2 * self.workers, 8)
+            self.segments[rows] = torch.zeros(size, dtype=torch.int32, device=self.device)
+        return self.segments[rows]
+
+
+class HopperGqa:
+    """templates/kernels/gqa_*: one thread block a multiprocessor, merging within the launch."""
+
+    SCHEDULE_WORDS = 64
+
+    def __init__(self, shape: AttentionShape, chosen: Chosen, processors: int, device: torch.device) -> None:
+        kernel, self.partial = chosen["gqa_partial"]
+        self.schedule = chosen["gqa_schedule"][1]
+        self.shape, self.blocks = shape, processors
+        self.tile = int(kernel.params["token_tile"])
+        self.plan = torch.zeros(self.blocks, self.SCHEDULE_WORDS, dtype=torch.int32, device=device)
+        # Parts to merge; the kernel leaves them as it found them, full of -0.0.
+        size = (2 * self.blocks, shape.group)
+        self.part_o = torch.full((*size, shape.head_dim), -0.0, device=device)
+        self.part_lse = torch.full((*size, shape.head_dim // 4), -0.0, device=device)
+        self.maps = TensorMaps()
+        self.marker = torch.zeros(1, device=device)
+
+    def begin_step(self, batch: DecodeBatch) -> None:
+        rows, max_pages = batch.page_table.shape
+        pointers = (self.plan, batch.lengths, batch.page_table)
+        self.schedule.launch((self.blocks, 1, 1), *map(address, pointers), rows, max_pages)
+        self.marker.add_(1)  # see EARLY
+
+    def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> None:
+        rows, max_pages = batch.page_table.shape
+        assert cache.v is not None
+        maps = (self._map(cache.k), self._map(cache.v))
+        pointers = (out.o, out.lse, self.part_o, self.part_lse, q, batch.page_table, batch.lengths, self.plan)
+        self.partial.launch((self.blocks, 1, 1), *maps, *map(address, pointers), rows, max_pages)
+
+    def _map(self, pages: Tensor) -> TensorMap:
+        count, heads, block, dim = pages.shape
+        dims, strides = (64, block, dim // 64, count * heads), (dim * 2, 128, block * dim * 2)
+        return self.maps.get(pages, dims, strides, (64, min(block, self.tile), dim // 64, 1))
+
+
+def address(tensor: Tensor | None) -> int:
+    """The device address of a tensor's first element, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,200 @@
+// Merge of a unit's parts, left in float32 by the thread blocks that share it (work_split.cuh), within the same launch.
+//
+//   parts: o [2 * blocks, group, D] float32 normalised, lse [2 * blocks, group, D / 4] float32, log2, one copy for each
+//   four columns  ->  o bf16, lse natural log
+//
+// The blocks that share a unit share its merge too: block i of n writes the i-th of n slices, from all n parts, so that
+// every word of a part has one reader. An unwritten word holds -0.0, which no writer writes: readers poll the words
+// themselves, with no fence or flag, and put -0.0 back. All blocks are on the GPU at once, so the wait ends. The sums
+// have one order: two runs give the same bits. Roofline: latency; 2 * blocks * group * D * 5 bytes at most, in L2.
+#pragma once
+#include "helix/gqa_schedule.cuh"
+#include "helix/mma.cuh"
+
+namespace helix {
+
+constexpr float kLn2 = 0.6931471805599453f;
+
+// The softmax state of four neighbouring columns: o = sum of exp2(score - largest) * v, sum = the same without v.
+struct Merge {
+  float o[4];
+  float largest, sum;
+
+  // Of `count` states, in their order; a state with largest -inf counts nothing.
+  template <int count>
+  HELIX_DEVICE static Merge of(const float4 (&os)[count], const float (&largests)[count], const float (&sums)[count]) {
+    Merge merge = {{0.0f, 0.0f, 0.0f, 0.0f}, largests[0], 0.0f};
+#pragma unroll
+    for (int i = 1; i < count; ++i) merge.largest = fmaxf(merge.largest, largests[i]);
+    const float base = is_minus_infinity(merge.largest) ? 0.0f : merge.largest;  // -inf - -inf is NaN
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      const float weight = exp2_approximate(largests[i] - base);
+      merge.sum += sums[i] * weight;
+      merge.o[0] += os[i].x * weight;
+      merge.o[1] += os[i].y * weight;
+      merge.o[2] += os[i].z * weight;
+      merge.o[3] += os[i].w * weight;
+    }
+    return merge;
+  }
+
+  HELIX_DEVICE static Merge of_two(const Merge& x, const Merge& y) {
+    const float4 os[2] = {x.values(), y.values()};
+    const float largests[2] = {x.largest, y.largest}, sums[2] = {x.sum, y.sum};
+    return of<2>(os, largests, sums);
+  }
+
+  // Of every `wide`-th lane of the warp.
+  HELIX_DEVICE void over_lanes(int wide) {
+    float most = largest;
+    for (int distance = wide; distance < kWarp; distance *= 2)
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, distance));
+    const float weight = exp2_approximate(largest - (is_minus_infinity(most) ? 0.0f : most));
+    largest = most, sum *= weight;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) o[i] *= weight;
+    for (int distance = wide; distance < kWarp; distance *= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o[i] += __shfl_xor_sync(0xffffffffu, o[i], distance);
+    }
+  }
+
+  HELIX_DEVICE float4 values() const { return {o[0], o[1], o[2], o[3]}; }
+  HELIX_DEVICE float lse() const { return largest + log2_approximate(sum); }
+
+  HELIX_DEVICE void write_result(bfloat16* to, float* lse_to) const {
+    const float inverse = __fdividef(1.0f, sum);
+    uint2 packed = {pack_bfloat16(o[0] * inverse, o[1] * inverse), pack_bfloat16(o[2] * inverse, o[3] * inverse)};
+    *reinterpret_cast<uint2*>(to) = packed;
+    if (lse_to != nullptr) *lse_to = lse() * kLn2;
+  }
+};
+
+constexpr u32 kUnwritten = 0x80000000u;  // -0.0
+
+HELIX_DEVICE void store_part(float* to, const float4& x) {
+  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], { %1, %2, %3, %4 };" ::"l"(to), "f"(x.x + 0.0f), "f"(x.y + 0.0f),
+               "f"(x.z + 0.0f), "f"(x.w + 0.0f) : "memory");  // -0.0 + 0.0 is 0.0
+}
+
+HELIX_DEVICE void store_part(float* to, float x) {
+  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(to), "f"(x + 0.0f) : "memory");
+}
+
+// The parts; all words are -0.0 before and after a launch.
+struct MergeSpace {
+  float* o;
+  float* lse;
+
+  template <class C> HELIX_DEVICE void write(int slot, int column, int dim, const Merge& merge) const {
+    const float inverse = __fdividef(1.0f, merge.sum);
+    const int at = (slot * C::group + column) * C::head_dim + dim;
+    store_part(o + at, float4{merge.o[0] * inverse, merge.o[1] * inverse, merge.o[2] * inverse, merge.o[3] * inverse});
+    store_part(lse + at / 4, merge.lse());
+  }
+};
+
+// Four columns of one part.
+struct PartItem {
+  u32 x[4], lse;
+
+  HELIX_DEVICE void load(const float* o, const float* from_lse) {
+    asm volatile("ld.relaxed.gpu.global.v4.u32 { %0, %1, %2, %3 }, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "l"(o) : "memory");
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(lse) : "l"(from_lse) : "memory");
+  }
+  HELIX_DEVICE bool written() const {
+    return x[0] != kUnwritten && x[1] != kUnwritten && x[2] != kUnwritten && x[3] != kUnwritten && lse != kUnwritten;
+  }
+  HELIX_DEVICE float4 values() const {
+    return {__uint_as_float(x[0]), __uint_as_float(x[1]), __uint_as_float(x[2]), __uint_as_float(x[3])};
+  }
+};
+
+// Room for each warp's states of up to 32 items.
+template <int threads> struct MergeShared { Merge of_warp[threads / kWarp][kWarp]; };
+
+// Threads below `wide` get the merge of those that hold the same item, one or two of every warp.
+template <int threads> HELIX_DEVICE Merge over_warps(Merge merge, MergeShared<threads>& shared, int wide, int thread) {
+  constexpr int warps = threads / kWarp;
+  static_assert(warps == 4, "wide is at most 32, or 64");
+  const int lane = thread % kWarp;
+  shared.of_warp[thread / kWarp][lane] = merge;
+  named_barrier_diverged<1, threads>();
+  if (wide <= kWarp) {
+    float4 os[warps];
+    float largests[warps], sums[warps];
+#pragma unroll
+    for (int i = 0; i < warps; ++i) {
+      const Merge& other = shared.of_warp[i][lane];
+      os[i] = other.values(), largests[i] = other.largest, sums[i] = other.sum;
+    }
+    merge = Merge::of<warps>(os, largests, sums);
+  } else if (thread < wide) {
+    merge = Merge::of_two(merge, shared.of_warp[thread / kWarp + 2][lane]);
+  }
+  named_barrier_diverged<1, threads>();  // before the next unit's states
+  return merge;
+}
+
+// The block's slice of one unit: all `threads` threads call it. Neighbouring threads take neighbouring items, and the
+// threads to spare share the parts: thread t has item t % wide of every (threads / wide)-th part. The warps' states
+// meet in shared memory.
+template <class C, int threads>
+HELIX_DEVICE void merge_slice(bfloat16* o, float* lse, const MergeSpace& space, const MergePlan& plan,
+                              MergeShared<threads>& shared, int thread) {
+  constexpr int vectors = C::head_dim / 4, batch = 5;
+  int wide = 4;
+  while (wide < threads && wide < plan.end - plan.begin) wide *= 2;
+  const int first_part = thread / wide, stride = threads / wide;
+  for (int base = plan.begin; base < plan.end; base += wide) {
+    const int item = base + thread % wide;
+    Merge merge = {{0.0f, 0.0f, 0.0f, 0.0f}, minus_infinity(), 0.0f};
+    for (int first = first_part; first < plan.count && item < plan.end; first += stride * batch) {
+      PartItem parts[batch];
+      int at[batch];
+      u32 missing = 0;
+#pragma unroll
+      for (int i = 0; i < batch; ++i) {
+        const int part = first + i * stride;
+        // The unit's first block may have left its part in its second slot (work_split.cuh).
+        const int slot = 2 * (plan.first + part) + (part == 0 ? plan.first_is_later_slot : 0);
+        at[i] = slot * C::group * vectors + item;
+        parts[i] = PartItem{{0, 0, 0, 0}, 0xff800000u};  // -inf
+        missing |= u32(part < plan.count) << i;
+      }
+      const u32 present = missing;
+      for (u32 polls = 0; missing; ++polls) {
+        if (polls == kMostPolls) __trap();
+#pragma unroll
+        for (int i = 0; i < batch; ++i)
+          if (missing >> i & 1) parts[i].load(space.o + at[i] * 4, space.lse + at[i]);
+#pragma unroll
+        for (int i = 0; i < batch; ++i)
+          if (missing >> i & 1 && parts[i].written()) missing ^= 1u << i;
+      }
+      float4 os[batch];
+      float largests[batch], sums[batch];
+#pragma unroll
+      for (int i = 0; i < batch; ++i) {
+        os[i] = parts[i].values(), largests[i] = __uint_as_float(parts[i].lse), sums[i] = 1.0f;
+        if (present >> i & 1) {
+          reinterpret_cast<uint4*>(space.o)[at[i]] = uint4{kUnwritten, kUnwritten, kUnwritten, kUnwritten};
+          reinterpret_cast<u32*>(space.lse)[at[i]] = kUnwritten;
+        }
+      }
+      merge = Merge::of_two(merge, Merge::of<batch>(os, largests, sums));
+    }
+    if (wide < kWarp) merge.over_lanes(wide);
+    if (wide < threads) merge = over_warps<threads>(merge, shared, wide, thread);
+    if (thread < wide && item < plan.end) {
+      const int column = item / vectors, dim = item % vectors * 4;
+      const i64 head = (i64(plan.row) * C::kv_heads + plan.kv_head) * C::group + column;
+      merge.write_result(o + head * C::head_dim + dim, dim == 0 ? lse + head : nullptr);
+    }
+  }
+}
+
+}  // namespace helix

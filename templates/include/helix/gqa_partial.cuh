@@ -1,0 +1,174 @@
+// GQA partial for Hopper: attention of one query token a row over this rank's paged KV, read once at memory speed.
+//
+//   q [B, H, D], k and v [pages, KH, block, D] bf16, page_table [B, max_pages], lengths [B]
+//   ->  o [B, H, D] bf16, normalised by its own softmax sum, and lse [B, H] float32, natural log (no token: 0, -inf)
+//
+// One thread block an SM takes an even share of all tiles of 64 tokens (gqa_schedule.cuh). Its last warp copies K and V
+// tiles ahead through a ring of stages; each of its four other warps takes 16 tokens of every tile, with its own
+// softmax state: no warp waits for another until a unit ends. Tokens are the rows of the products, S^T = K Q^T and
+// O^T += V^T P^T, so that the 1 to 16 query heads of a KV head fill 8 or 16 columns and K and V come straight from
+// shared memory. Units cut between blocks are merged at the end, in the same launch (gqa_merge.cuh): all blocks have to
+// be on the GPU at once, which a grid of one block an SM ensures.
+// NaN beyond a row's length does not spread: scores there become -inf and V rows zero.
+// Shared memory: stages * 2 * 64 * D * 2 bytes; a unit's last stage serves to reduce the warps.
+// Roofline: memory, length * 2 * D * 2 bytes a KV head and row.
+#pragma once
+#include "helix/gqa_state.cuh"
+
+namespace helix {
+
+// The copying warp: every tile of the share, K and V, as soon as its stage is free. `page`: of this lane's box of the
+// first tiles. Only a row's last tokens are younger than the kernel before; the others' copies need not wait for it.
+template <class C>
+HELIX_DEVICE void copy_share(GqaShared<C>& shared, const TensorMap* k_map, const TensorMap* v_map,
+                             const GqaArguments& args, GqaCursor at, int page, int lane) {
+  using Tile = GqaTile<C>;
+  constexpr int batch = kWarp / Tile::boxes;  // tiles whose page numbers one load of the warp gets
+  u32 stage = 0, phase = 1;
+  bool have_pages = true, waited = C::overlap != Overlap::old_tokens;
+  do {
+    const int last = at.last();
+    const int* pages = args.page_table + i64(at.row) * args.max_pages;
+    for (int first = at.tile; first < last; first += batch) {
+      const int token = first * C::tile + lane * Tile::page_rows;  // of this lane's box
+      if (!have_pages) page = token < at.length ? pages[token / C::block] : 0;
+      have_pages = false;
+      for (int tile = first; tile < min(first + batch, last); ++tile) {
+        if (!waited && (tile + 2 >= at.tiles || phase == 0)) wait_for_previous_kernels(), waited = true;
+        if (lane == 0) {
+          const int boxes = min(Tile::boxes, (at.length - tile * C::tile + Tile::page_rows - 1) / Tile::page_rows);
+          barrier_wait(&shared.empty[stage], phase);
+          barrier_expect(&shared.full[stage], u32(boxes * 2 * Tile::box_bytes));
+        }
+#pragma unroll
+        for (int box = 0; box < Tile::boxes; ++box) {
+          const int box_page = __shfl_sync(0xffffffffu, page, (tile - first) * Tile::boxes + box);
+          const int box_token = tile * C::tile + box * Tile::page_rows;
+          if (lane == 0 && box_token < at.length) {
+            const int w = box_page * C::kv_heads + at.kv_head, row = box_token % C::block;
+            copy_box(shared.stage[stage][0] + box * Tile::box_bytes, k_map, &shared.full[stage], 0, row, 0, w);
+            copy_box(shared.stage[stage][1] + box * Tile::box_bytes, v_map, &shared.full[stage], 0, row, 0, w);
+          }
+        }
+        if (++stage == C::stages) stage = 0, phase ^= 1;
+      }
+    }
+  } while (at.next_unit<C>(args.lengths));
+}
+
+// Merges the warps' states and writes the unit's result if the block saw the whole unit, else its part to `slot`.
+template <class C>
+HELIX_DEVICE void finish_unit(GqaShared<C>& shared, const GqaArguments& args, const GqaCursor& at, u32 stage, bool whole,
+                              int slot, int thread) {
+  using Tile = GqaTile<C>;
+  constexpr int vectors = C::head_dim / 4;
+  constexpr int items = C::group * vectors, rounds = (items + Tile::threads - 1) / Tile::threads;
+#pragma unroll
+  for (int round = 0; round < rounds; ++round) {
+    const int i = round * Tile::threads + thread;
+    if (items % Tile::threads != 0 && i >= items) break;
+    const int column = i / vectors, dim = i % vectors * 4;
+    float4 os[Tile::warps];
+#pragma unroll
+    for (int warp = 0; warp < Tile::warps; ++warp)
+      os[warp] = *reinterpret_cast<const float4*>(shared.o(stage, warp, column, dim));
+    const Merge merge = Merge::of<Tile::warps>(os, shared.largest[column], shared.sum[column]);
+    if (whole) {
+      const i64 head = (i64(at.row) * C::kv_heads + at.kv_head) * C::group + column;
+      merge.write_result(args.o + head * C::head_dim + dim, dim == 0 ? args.lse + head : nullptr);
+    } else {
+      args.space.write<C>(slot, column, dim, merge);
+    }
+  }
+}
+
+// One of the computing warps: its 16 tokens of every tile of the share.
+template <class C>
+HELIX_DEVICE void attend_share(GqaShared<C>& shared, const GqaArguments& args, GqaCursor at, int warp, int lane) {
+  using Tile = GqaTile<C>;
+  static_assert(Tile::page_rows % 16 == 0, "a warp's 16 tokens lie in one page");
+  const int begin = warp * 16 / Tile::page_rows * Tile::box_bytes + warp * 16 % Tile::page_rows * 128;
+  const u32 first_k = shared_address(shared.stage[0][0]) + u32(begin);
+  u32 stage = 0, phase = 0;
+  int slot = 2 * int(blockIdx.x);
+  GqaState<C> state;
+  do {
+    const int last = at.last();
+    state.start(args.q + (i64(at.row) * C::kv_heads + at.kv_head) * C::group * C::head_dim, lane);
+    for (int tile = at.tile;;) {
+      const int valid = at.length - tile * C::tile - warp * 16;
+      barrier_wait(&shared.full[stage], phase);
+      if (valid > 0) {
+        if (valid < 16) clear_values<C>(shared.stage[stage][1] + begin, valid, lane);
+        const u32 k = first_k + stage * (2 * Tile::matrix_bytes);
+        state.attend(k, k + Tile::matrix_bytes, valid, lane);
+      }
+      if (++tile == last) break;
+      __syncwarp();
+      if (lane == 0) barrier_arrive(&shared.empty[stage]);
+      if (++stage == C::stages) stage = 0, phase ^= 1;
+    }
+    const bool whole = at.tile == 0 && last == at.tiles;
+    named_barrier_diverged<1, Tile::threads>();  // no warp reads the last stage any more
+    state.store(shared, stage, warp, lane);
+    named_barrier_diverged<1, Tile::threads>();
+    finish_unit<C>(shared, args, at, stage, whole, slot, int(threadIdx.x));
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&shared.empty[stage]);
+    if (++stage == C::stages) stage = 0, phase ^= 1;
+    slot = 2 * int(blockIdx.x) + 1;
+  } while (at.next_unit<C>(args.lengths));
+}
+
+// Rows without a token: o = 0, lse = -inf.
+template <class C> HELIX_DEVICE void clear_empty_rows(const GqaArguments& args, int thread, int threads) {
+  constexpr int heads = C::kv_heads * C::group;
+  for (int row = blockIdx.x; row < args.rows; row += gridDim.x) {
+    if (args.lengths[row] > 0) continue;
+    u32* o = reinterpret_cast<u32*>(args.o + i64(row) * heads * C::head_dim);
+    for (int i = thread; i < heads * C::head_dim / 2; i += threads) o[i] = 0;
+    for (int i = thread; i < heads; i += threads) args.lse[i64(row) * heads + i] = minus_infinity();
+  }
+}
+
+template <class C>
+HELIX_DEVICE void gqa_partial(const TensorMap* k_map, const TensorMap* v_map, const GqaArguments& args) {
+  using Tile = GqaTile<C>;
+  extern __shared__ __align__(1024) u8 memory[];
+  GqaShared<C>& shared = *reinterpret_cast<GqaShared<C>*>(memory);
+  const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
+  // The schedule is older than the kernel before this one, which waited for the kernels before it in turn.
+  const int* schedule = args.schedule + blockIdx.x * kScheduleWords;
+  if constexpr (C::overlap == Overlap::nothing) wait_for_previous_kernels();
+  const BlockPlan& plan = *reinterpret_cast<const BlockPlan*>(schedule);
+  const GqaCursor at(plan);
+  const int page = schedule[kPlanWords + lane], empty_rows = plan.empty_rows;
+  if (threadIdx.x < 2) shared.merge[threadIdx.x] = plan.merge[threadIdx.x];
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < C::stages; ++stage) {
+      barrier_init(&shared.full[stage], 1);
+      barrier_init(&shared.empty[stage], Tile::warps);
+    }
+    barrier_init_visible();
+    prefetch_map(k_map);
+    prefetch_map(v_map);
+  }
+  __syncthreads();
+  if (warp == Tile::warps) {
+    if constexpr (C::overlap == Overlap::schedule) wait_for_previous_kernels();
+    if (at.left > 0) copy_share<C>(shared, k_map, v_map, args, at, page, lane);
+    return;
+  }
+  if constexpr (C::overlap != Overlap::nothing) wait_for_previous_kernels();
+  let_next_kernel_start();
+  if (at.left > 0) attend_share<C>(shared, args, at, warp, lane);
+  for (int i = 0; i < 2; ++i) {
+    const MergePlan& mine = shared.merge[i];
+    if (mine.count > 1)
+      merge_slice<C, Tile::threads>(args.o, args.lse, args.space, mine, shared.merge_space, int(threadIdx.x));
+  }
+  if (empty_rows > 0) clear_empty_rows<C>(args, int(threadIdx.x), Tile::threads);
+}
+
+}  // namespace helix

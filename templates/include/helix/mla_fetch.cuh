@@ -1,0 +1,80 @@
+// The MLA partial's fetching warp (see mla_partial.cuh).
+#pragma once
+#include "helix/mla_layout.cuh"
+
+namespace helix {
+
+// One warp: fetches Q and KV, region by region, always as far ahead as the regions passed back allow.
+template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaMaps& maps, u32 base) {
+  constexpr int kPagesPerTile = kTileTokens / C::block;
+  const int lane = int(threadIdx.x) % 32;
+  const bool leader = elect_one();
+  Stage stage;
+  u32 q_parity = 1;
+  bool waited = false;
+  Segments<C> segments(a.segments);
+  if (segments.left == 0) return;
+  do {
+    const Segment segment = *segments.current;
+    const int* pages = a.page_table + i64(segment.row) * a.max_pages;
+    const int last_page = (segment.length - 1) / C::block, first_page = segment.first_tile * kPagesPerTile;
+    const bool any = segment.first_tile < segment.last_tile;
+    int current = any ? pages[min(first_page + lane, last_page)] : 0;
+    int next = any ? pages[min(first_page + 32 + lane, last_page)] : 0;
+    if (!waited) wait_for_previous_kernels();  // what it writes is not read above: schedule and page table are older
+    waited = true;
+    for (int tile = segment.first_tile; tile < segment.last_tile; ++tile) {
+      const int at = tile * kPagesPerTile - first_page;
+      if (at > 0 && at % 32 == 0) {
+        current = next;
+        next = pages[min(first_page + at + 32 + lane, last_page)];
+      }
+      int group[2];  // 8-token group of the cache in which each half of the tile starts
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int page = __shfl_sync(0xffffffffu, current, at % 32 + half * (kPagesPerTile - 1));
+        group[half] = page * (C::block / 8) + (C::block == 64 ? half * 4 : 0);
+      }
+      const int halves = segment.length - tile * kTileTokens > 32 ? 2 : 1;
+#pragma unroll
+      for (int region = 0; region < kRegions; ++region) {
+        const u32 bytes = 32 * 128 * chunks_in(region), full = base + M::full(stage.index, region);
+        const u32 empty = base + M::empty(stage.index, region);
+        barrier_wait(empty, stage.parity ^ 1);
+        if (leader) {
+          const TensorMap* map = region == kRotary ? maps.rotary : maps.kv;
+          barrier_expect(full, halves * bytes);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            if (half >= halves || (C::cluster == 2 && half != head_half<C>())) continue;
+            const u32 to = base + M::region(stage.index, region) + half * bytes;
+            const int chunk = first_chunk(region);
+            if constexpr (C::cluster == 2) copy_4d_multicast(to, map, full, 0, 0, chunk, group[half], kEvictFirst, 3);
+            else copy_4d(to, map, full, 0, 0, chunk, group[half], kEvictFirst);
+          }
+        }
+      }
+      __syncwarp();
+      stage.advance();
+      if (tile == segment.first_tile) {  // KV first: it is what takes long
+        barrier_wait(base + M::q_empty, q_parity);
+        q_parity ^= 1;
+        if (leader) {
+          barrier_expect(base + M::q_full, M::kQ);
+          copy_5d(base + M::q, maps.q, base + M::q_full, 0, 0, 0, head_half<C>() * 8, segment.row, kEvictLast);
+        }
+        __syncwarp();
+      }
+    }
+  } while (segments.next());
+  let_next_kernel_start();
+  if constexpr (C::cluster == 2) {  // a block must not leave while its peer still signals it
+    for (int pending = 0; pending < 2; ++pending) {
+      for (int region = 0; region < kRegions; ++region)
+        barrier_wait(base + M::empty(stage.index, region), stage.parity ^ 1);
+      stage.advance();
+    }
+  }
+}
+
+}  // namespace helix

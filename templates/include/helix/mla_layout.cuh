@@ -1,0 +1,85 @@
+// What the warpgroups of the MLA partial share (see mla_partial.cuh): arguments, shared memory, positions.
+#pragma once
+#include "helix/mla_schedule.cuh"
+#include "helix/sm90.cuh"
+
+namespace helix {
+
+// What a launch is given; kv pages come through MlaMaps.
+struct MlaArguments {
+  bfloat16* o;
+  float* lse;
+  bfloat16* part_o;
+  float* part_lse;
+  const int* page_table;
+  const Segment* segments;
+  int max_pages;
+};
+
+// Regions in the order in which they are fetched and used: the rotary columns, then a half of each side's columns.
+constexpr int kRegions = 5, kRotary = 0;
+constexpr __device__ int region_of(int side, int half) { return 1 + side + 2 * half; }
+constexpr __device__ int first_chunk(int region) {
+  return region == kRotary ? 8 : (region - 1) % 2 * 4 + (region - 1) / 2 * 2;
+}
+constexpr __device__ int chunks_in(int region) { return region == kRotary ? 1 : 2; }
+constexpr __device__ u32 region_offset(int region) { return region == kRotary ? 0 : 8192u + u32(region - 1) * 16384u; }
+
+constexpr u32 kHalfOffset = region_offset(region_of(0, 1)) - region_offset(region_of(0, 0));  // to a side's other half
+
+struct MlaShared {
+  static constexpr u32 kTile = 64 * 1152, kQ = 64 * 1152, kQGroup = 9 * 1024;  // bytes
+  static constexpr u32 q = 0, tiles = q + kQ, p = tiles + 2 * kTile, rescale = p + 64 * 128, inverse = rescale + 256;
+  static constexpr u32 q_full = inverse + 256, q_empty = q_full + 8, p_full = q_empty + 8, p_empty = p_full + 8;
+  static constexpr u32 full_barriers = p_empty + 8, empty_barriers = full_barriers + 16 * kRegions;
+  static constexpr u32 bytes = empty_barriers + 16 * kRegions;
+  static_assert(bytes <= 232448, "shared memory of one block");
+  HELIX_DEVICE static u32 full(u32 stage, int region) { return full_barriers + 8 * (stage * kRegions + region); }
+  HELIX_DEVICE static u32 empty(u32 stage, int region) { return empty_barriers + 8 * (stage * kRegions + region); }
+  HELIX_DEVICE static u32 region(u32 stage, int region) { return tiles + stage * kTile + region_offset(region); }
+};
+using M = MlaShared;
+
+// Which of the two tiles a role is at.
+struct Stage {
+  u32 index = 0, parity = 0;
+  HELIX_DEVICE void advance() {
+    parity ^= index;
+    index ^= 1;
+  }
+};
+
+template <class C> HELIX_DEVICE int head_half() { return C::cluster == 2 ? int(cluster_rank()) : 0; }
+template <class C> HELIX_DEVICE int heads_here() { return C::heads < 64 ? C::heads : 64; }
+template <class C> HELIX_DEVICE int worker_index() { return int(blockIdx.x) / C::cluster; }
+
+// The segments of this block's worker, in order.
+template <class C> struct Segments {
+  const Segment *current, *others;
+  int left;
+  HELIX_DEVICE explicit Segments(const Segment* all) : current(all + worker_index<C>()) {
+    others = all + current->more;
+    left = current->count;
+  }
+  HELIX_DEVICE bool next() {
+    current = others++;
+    return --left > 0;
+  }
+};
+
+struct MlaMaps { const TensorMap *q, *kv, *rotary; };
+
+// Signals the blocks that fetch into this block's memory, for which a warp has no more use for what `empty` guards.
+template <class C> HELIX_DEVICE void mla_release(u32 empty) {
+  const u32 lane = threadIdx.x % 32;
+  if constexpr (C::cluster == 2) {
+    if (lane < 2) barrier_arrive_cluster(empty, lane);
+  } else {
+    if (lane == 0) barrier_arrive(empty);
+  }
+}
+
+// Offset of byte `column` in row `row` of a [rows][128 bytes] tile with the 128-byte swizzle.
+HELIX_DEVICE u32 swizzled(u32 row, u32 column) { return row * 128 + (column ^ (row % 8 * 16)); }
+
+}  // namespace helix

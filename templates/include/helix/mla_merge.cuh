@@ -1,0 +1,109 @@
+// Merge: the partials of split rows into o and lse, weighted by their LSE; whole rows are not touched.
+//
+//   part_o [n, H, P], part_lse [n, H], split rows (mla_schedule.cuh) -> o [B, H, P] bf16, lse [B, H]
+//
+// A strip is 256 columns of one head of one row, so that a warp loads 8 columns a lane. One, 4 or 16 warps share a
+// strip, the more the more partials there are: each has all its loads in flight at once. Roofline: L2.
+#pragma once
+#include "helix/mla_schedule.cuh"
+#include "helix/sm90.cuh"
+
+namespace helix {
+
+HELIX_DEVICE void load_eight(float (&x)[8], const bfloat16* from) {
+  const Vector16 v = load_global(from);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = to_float(bfloat16{u16(v.words[i / 2] >> (i % 2 * 16))});
+}
+
+struct Merged {  // of a lane's 8 columns, relative to exp(top)
+  float top = minus_infinity(), total = 0.0f, values[8] = {};
+};
+
+// Partials first, first + stride, ... of one strip, eight at a time.
+template <class C>
+HELIX_DEVICE Merged merge_strip(const bfloat16* part_o, const float* part_lse, SplitRow row, int head,
+                                int column, int first, int stride) {
+  constexpr int kBatch = 8;
+  Merged sum;
+  for (int base = first; base < row.count; base += stride * kBatch) {
+    float values[kBatch][8], weight[kBatch], largest = sum.top;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int n = base + i * stride;
+      const i64 at = (i64(row.first) + min(n, row.count - 1)) * C::heads + head;
+      weight[i] = n < row.count ? part_lse[at] : minus_infinity();
+      load_eight(values[i], part_o + at * C::partial_dim + column);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) largest = fmaxf(largest, weight[i]);
+    const float keep = __expf(sum.top - largest);
+    sum.total *= keep;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) sum.values[c] *= keep;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const float w = __expf(weight[i] - largest);
+      sum.total += w;
+#pragma unroll
+      for (int c = 0; c < 8; ++c) sum.values[c] = fmaf(w, values[i][c], sum.values[c]);
+    }
+    sum.top = largest;
+  }
+  return sum;
+}
+
+template <class C>
+HELIX_DEVICE void merge_splits(bfloat16* o, float* lse, const bfloat16* part_o, const float* part_lse,
+                               const SplitRow* split, const int* split_count) {
+  constexpr int kWarps = C::threads / 32, kPieces = C::partial_dim / 256, kStrips = C::heads * kPieces;
+  __shared__ SplitRow rows[C::max_splits];
+  __shared__ float sums[kWarps][256], tops[kWarps], totals[kWarps];
+  wait_for_previous_kernels();
+  let_next_kernel_start();
+  const int count = *split_count, warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  for (int i = threadIdx.x; i < count; i += C::threads) rows[i] = split[i];
+  __syncthreads();
+  int turn = blockIdx.x;  // batches of strips are dealt to the blocks in turn
+  for (int i = 0; i < count; ++i) {
+    const SplitRow row = rows[i];
+    const i64 out = i64(row.row) * C::heads;
+    const int sharers = row.count <= 8 ? 1 : row.count <= 32 ? 4 : kWarps;  // warps a strip
+    const int strips = kWarps / sharers, batches = kStrips / strips;
+    for (; turn < batches; turn += gridDim.x) {
+      const int first = turn * strips, strip = first + warp / sharers;
+      const int head = strip / kPieces, column = strip % kPieces * 256 + lane * 8;
+      const Merged mine = merge_strip<C>(part_o, part_lse, row, head, column, warp % sharers, sharers);
+      if (sharers == 1) {
+        Vector16 packed;
+#pragma unroll
+        for (int c = 0; c < 4; ++c)
+          packed.words[c] = pack_bfloat16(mine.values[2 * c] / mine.total, mine.values[2 * c + 1] / mine.total);
+        store_global(o + (out + head) * C::partial_dim + column, packed);
+        if (column == 0) lse[out + head] = mine.top + logf(mine.total);
+        continue;
+      }
+      if (lane == 0) tops[warp] = mine.top, totals[warp] = mine.total;
+#pragma unroll
+      for (int c = 0; c < 8; ++c) sums[warp][c * 32 + lane] = mine.values[c];
+      __syncthreads();
+      for (int x = threadIdx.x; x < strips * 256; x += C::threads) {
+        const int begin = x / 256 * sharers, at = x % 256;
+        float largest = minus_infinity(), all = 0.0f, sum = 0.0f;
+        for (int w = begin; w < begin + sharers; ++w) largest = fmaxf(largest, tops[w]);
+        for (int w = begin; w < begin + sharers; ++w) {
+          const float weight = __expf(tops[w] - largest);
+          all += weight * totals[w];
+          sum += weight * sums[w][at];
+        }
+        const int which = first + x / 256, c = which % kPieces * 256 + at % 32 * 8 + at / 32;
+        o[(out + which / kPieces) * C::partial_dim + c] = from_float<bfloat16>(sum / all);
+        if (c == 0) lse[out + which / kPieces] = largest + logf(all);
+      }
+      __syncthreads();
+    }
+    turn -= batches;
+  }
+}
+
+}  // namespace helix

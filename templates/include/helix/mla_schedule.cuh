@@ -1,0 +1,89 @@
+// Schedule: which tokens each worker (a thread block, or a cluster that shares a KV tile) of the partial kernel reads.
+//
+//   lengths [B] -> segments [2 W + B]: worker w's first is [w], its others start at [.more]; split rows, for the merge
+//
+// A row is a run of 64-token tiles. Workers take tiles in order, near the average of what is left, but a worker keeps
+// whole rows and equal pieces of a long row where that costs at most 1/16 of the average: every cut is a partial that
+// must be written and merged. One thread decides; it is W + B short steps, once a step of the model.
+#pragma once
+#include "helix/element.cuh"
+
+namespace helix {
+
+constexpr int kTileTokens = 64;
+
+struct alignas(16) Segment {
+  int row, length;            // of the row, in tokens
+  int first_tile, last_tile;  // [first, last) of its tiles
+  int partial;                // where its partial goes, if the row is split
+  int whole;                  // 1: the segment is the whole row, and writes the result itself
+  int count, more;            // in a worker's first: how many it has, and where the others are
+};
+
+struct alignas(16) SplitRow { int row, first, count, unused; };  // partials [first, first + count)
+
+struct Schedule {
+  Segment* segments;
+  SplitRow* split;    // [W]
+  int* split_count;   // [1]
+};
+
+HELIX_DEVICE int tiles_of(int length) { return (length + kTileTokens - 1) / kTileTokens; }
+
+HELIX_DEVICE void make_schedule(Schedule out, const int* lengths, int rows, int workers) {
+  constexpr int kCached = 2048;
+  __shared__ int lanes[32], cached[kCached];
+  int mine = 0;
+  for (int row = threadIdx.x; row < rows; row += blockDim.x) {
+    const int length = lengths[row];
+    mine += tiles_of(length);
+    if (row < kCached) cached[row] = length;
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, distance);
+  if (threadIdx.x % 32 == 0) lanes[threadIdx.x / 32] = mine;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  int left = 0;
+  for (int warp = 0; warp < int(blockDim.x) / 32; ++warp) left += lanes[warp];
+
+  const int average = (left + workers - 1) / workers, most = average + average / 16;
+  int row = 0, at = 0, others = workers, partial = 0, splits = 0, row_first_partial = 0;
+  int length = rows > 0 ? cached[0] : 0;
+  for (int worker = 0; worker < workers; ++worker) {
+    Segment first = {0, 0, 0, 0, 0, 0, 0, others};
+    const int workers_left = workers - worker, share = (left + workers_left - 1) / workers_left;
+    int load = 0;
+    while (row < rows) {
+      const int tiles = tiles_of(length), rest = tiles - at;
+      int take = rest;
+      if (load + rest > most && workers_left > 1) {
+        const int room = share - load;
+        if (load > 0 && room < share / 8 + 1) break;
+        const int pieces = (rest + most - 1) / most, piece = (rest + pieces - 1) / pieces;
+        take = load == 0 && piece > room ? piece : room;
+        if (take > rest) take = rest;
+      }
+      if (take == 0 && load > 0 && tiles > 0) break;
+      const bool whole = take == tiles;
+      if (!whole && at == 0) row_first_partial = partial;
+      const Segment segment = {row, length, at, at + take, whole ? 0 : partial, whole ? 1 : 0, 0, 0};
+      if (first.count++ == 0) {
+        first = segment, first.count = 1, first.more = others;
+      } else {
+        out.segments[others++] = segment;
+      }
+      if (!whole) ++partial;
+      load += take, left -= take, at += take;
+      if (at < tiles) break;
+      if (!whole) out.split[splits++] = {row, row_first_partial, partial - row_first_partial, 0};
+      ++row, at = 0;
+      if (row < rows) length = row < kCached ? cached[row] : lengths[row];
+      if (load >= share && workers_left > 1) break;
+    }
+    out.segments[worker] = first;
+  }
+  *out.split_count = splits;
+}
+
+}  // namespace helix

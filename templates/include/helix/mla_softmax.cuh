@@ -1,0 +1,154 @@
+// The MLA partial's warpgroup of scores and softmax (see mla_partial.cuh).
+#pragma once
+#include "helix/mla_layout.cuh"
+#include "helix/wgmma.cuh"
+
+namespace helix {
+
+// S[64][64] = Q K' of a tile, region by region as they arrive; column 8 j + 2 (lane % 4) + e of row lane / 4 + 8 r is
+// in s[4 j + 2 r + e].
+HELIX_DEVICE void mla_scores(float (&s)[32], u32 shared, Stage stage) {
+  const u32 base = opaque(shared);
+  const MatrixOperand q(base + M::q, 16, M::kQGroup);
+  wgmma_begin();
+#pragma unroll
+  for (int region = 0; region < kRegions; ++region) {
+    const MatrixOperand k(base + M::region(stage.index, region), 16, 1024 * chunks_in(region));
+    barrier_wait(base + M::full(stage.index, region), stage.parity);
+#pragma unroll
+    for (int step = 0; step < 4 * chunks_in(region); ++step) {
+      const u32 within = step / 4 * 1024 + step % 4 * 32;
+      wgmma_m64n64k16(s, q.at(first_chunk(region) * 1024 + within), k.at(within), region + step > 0);
+    }
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+}
+
+// Running softmax of two rows of S, which four lanes share.
+template <class C> struct MlaSoftmax {
+  static constexpr float kScale = C::scale * 1.4426950408889634f;  // weights are powers of 2
+  static constexpr float kSlack = 8.0f;  // the reference follows the maximum when 2^8 behind: O is seldom rescaled
+  float reference[2] = {minus_infinity(), minus_infinity()}, sum[2] = {0.0f, 0.0f};
+
+  // Takes new scores into account; `factor` is what earlier weights are to be multiplied by.
+  HELIX_DEVICE void refer(const float (&s)[32], float (&factor)[2]) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float largest = fmaxf(s[2 * r], s[2 * r + 1]);
+#pragma unroll
+      for (int j = 1; j < 8; ++j) largest = fmaxf(largest, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)) * kScale;
+      factor[r] = 1.0f;
+      if (largest > reference[r] + kSlack) {
+        factor[r] = exp2_approximate(reference[r] - largest);
+        reference[r] = largest;
+        sum[r] *= factor[r];
+      }
+    }
+  }
+
+  // Turns scores into weights of 2^8 at most.
+  HELIX_DEVICE void weigh(float (&s)[32]) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s[4 * j + 2 * r + e];
+          x = exp2_approximate(fmaf(x, kScale, -reference[r]));
+          sum[r] += x;
+        }
+      }
+    }
+  }
+
+  HELIX_DEVICE void add_lanes() {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
+      sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
+    }
+  }
+};
+
+// Tokens from `valid` on count nothing.
+HELIX_DEVICE void mla_mask(float (&s)[32], int valid) {
+  if (valid >= kTileTokens) return;
+  const int column = int(threadIdx.x) % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < 32; ++i)
+    if (i / 4 * 8 + column + i % 2 >= valid) s[i] = minus_infinity();
+}
+
+// Weights as P, the factors, and with the last tile 1 / sum, to shared memory, once that is free.
+template <class C>
+HELIX_DEVICE void mla_publish(const float (&s)[32], const float (&factor)[2], MlaSoftmax<C>& softmax, u32 base,
+                              u32& p_parity, bool last) {
+  const u32 thread = opaque(threadIdx.x) % 128, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
+  if (last) softmax.add_lanes();
+  barrier_wait(base + M::p_empty, p_parity);
+  p_parity ^= 1;
+#pragma unroll
+  for (u32 j = 0; j < 8; ++j) {
+    const u32 at = base + M::p + swizzled(row, 16 * j + 4 * (lane % 4));
+    store_shared(at, pack_bfloat16(s[4 * j], s[4 * j + 1]));
+    store_shared(at + 8 * 128, pack_bfloat16(s[4 * j + 2], s[4 * j + 3]));
+  }
+  if (lane % 4 == 0) {
+#pragma unroll
+    for (u32 r = 0; r < 2; ++r) {
+      store_shared(base + M::rescale + 4 * (row + 8 * r), factor[r]);
+      if (last) store_shared(base + M::inverse + 4 * (row + 8 * r), 1.0f / softmax.sum[r]);
+    }
+  }
+  fence_async_proxy();
+  barrier_arrive(base + M::p_full);
+}
+
+// One warpgroup: scores, running softmax, and the LSE. The scores of a tile overlap with P V of the one before. They
+// are not started before that one's softmax: P V, and the memory of its tile, would come later (measured: slower).
+template <class C> HELIX_DEVICE void mla_softmax(const MlaArguments& a, u32 base) {
+  const int thread = int(threadIdx.x) % 128, lane = thread % 32, row0 = thread / 32 * 16 + lane / 4;
+  Stage stage;  // of the next scores
+  u32 q_parity = 0, p_parity = 1;
+  Segments<C> segments(a.segments);
+  wait_for_previous_kernels();
+  if (segments.left == 0) return;
+  do {
+    const int first_tile = segments.current->first_tile, last_tile = segments.current->last_tile;
+    const int length = segments.current->length;
+    MlaSoftmax<C> softmax;
+    if (first_tile < last_tile) {
+      float s[32];
+      barrier_wait(base + M::q_full, q_parity);
+      q_parity ^= 1;
+      mla_scores(s, base, stage);
+      for (int tile = first_tile; tile < last_tile; ++tile) {
+        mla_release<C>(base + M::empty(stage.index, kRotary));
+        stage.advance();
+        const bool last = tile + 1 == last_tile;
+        if (last && lane == 0) barrier_arrive(base + M::q_empty);
+        mla_mask(s, length - tile * kTileTokens);
+        float factor[2];
+        softmax.refer(s, factor);
+        softmax.weigh(s);
+        mla_publish(s, factor, softmax, base, p_parity, last);
+        if (!last) mla_scores(s, base, stage);
+      }
+    }
+    if (lane % 4 == 0) {
+      const Segment& segment = *segments.current;
+      float* lse = segment.whole ? a.lse + i64(segment.row) * C::heads : a.part_lse + i64(segment.partial) * C::heads;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int head = head_half<C>() * 64 + row0 + 8 * r;
+        if (head < C::heads) lse[head] = softmax.reference[r] * 0.6931471805599453f + logf(softmax.sum[r]);
+      }
+    }
+  } while (segments.next());
+}
+
+}  // namespace helix

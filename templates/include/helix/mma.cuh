@@ -1,0 +1,42 @@
+// Tensor-core fragments of one warp: m16n8k16 bfloat16 products with float32 sums, and how to load them from shared
+// memory.
+#pragma once
+#include "helix/sm90.cuh"
+
+namespace helix {
+
+struct FragmentA { u32 x[4]; };  // 16 x 16
+struct FragmentB { u32 x[2]; };  // 16 x 8
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+HELIX_DEVICE FragmentA load_matrices(u32 address) {
+  FragmentA a;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 { %0, %1, %2, %3 }, [%4];"
+               : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3]) : "r"(address) : "memory");
+  return a;
+}
+
+// The same, each matrix transposed.
+HELIX_DEVICE FragmentA load_matrices_transposed(u32 address) {
+  FragmentA a;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 { %0, %1, %2, %3 }, [%4];"
+               : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3]) : "r"(address) : "memory");
+  return a;
+}
+
+// An 8x8 matrix of 16-bit elements held by the warp, transposed.
+HELIX_DEVICE u32 transpose(u32 x) {
+  u32 y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// c += a * b. Lane l holds of c: rows l / 4 (x[0], x[1]) and l / 4 + 8 (x[2], x[3]), columns l % 4 * 2 + {0, 1}.
+HELIX_DEVICE void multiply_add(float (&c)[4], const FragmentA& a, const FragmentB& b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %0, %1, %2, %3 }, { %4, %5, %6, %7 }, { %8, %9 },"
+      " { %0, %1, %2, %3 };"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+}
+
+}  // namespace helix

@@ -1,0 +1,215 @@
+// What Hopper has and CUDA C++ without headers does not spell: mbarriers, the tensor copy engine, warpgroup fences,
+// clusters, programmatic dependent launch. Shared memory is addressed by 32-bit addresses throughout.
+#pragma once
+#include "helix/element.cuh"
+
+namespace helix {
+
+struct alignas(64) TensorMap { u64 opaque[16]; };  // CUtensorMap's ABI
+static_assert(sizeof(TensorMap) == 128, "tensor map");
+
+HELIX_DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+HELIX_DEVICE bool elect_one() {
+  u32 elected;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p; }" : "=r"(elected));
+  return elected != 0;
+}
+
+HELIX_DEVICE void barrier_init(u32 barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+HELIX_DEVICE void barrier_init_visible() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+HELIX_DEVICE void barrier_arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrive, and expect `bytes` of the copy engine before the phase can end.
+HELIX_DEVICE void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Arrive on the barrier at the same address in block `rank` of the cluster. Orders no writes between the blocks (that
+// would cost a fence of the whole GPU): for passing back memory that was only read.
+HELIX_DEVICE void barrier_arrive_cluster(u32 barrier, u32 rank) {
+  asm volatile(
+      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(barrier), "r"(rank)
+      : "memory");
+}
+
+HELIX_DEVICE bool barrier_try(u32 barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
+// Polls before a wait gives up: a bug ends the kernel with an error and not the machine with a hang.
+constexpr u32 kMostPolls = 1u << 22;
+
+HELIX_DEVICE void barrier_wait(u32 barrier, u32 parity) {
+  for (u32 polls = 0; !barrier_try(barrier, parity); ++polls)
+    if (polls == kMostPolls) __trap();
+}
+
+// The same, of a barrier that is a variable.
+HELIX_DEVICE void barrier_init(u64* barrier, u32 arrivals) { barrier_init(shared_address(barrier), arrivals); }
+HELIX_DEVICE void barrier_arrive(u64* barrier) { barrier_arrive(shared_address(barrier)); }
+HELIX_DEVICE void barrier_expect(u64* barrier, u32 bytes) { barrier_expect(shared_address(barrier), bytes); }
+HELIX_DEVICE void barrier_wait(u64* barrier, u32 parity) { barrier_wait(shared_address(barrier), parity); }
+
+// One barrier of `threads` threads of the block, by its number (0 is __syncthreads'); all lanes of a warp together.
+HELIX_DEVICE void named_barrier(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// The same, for warps whose lanes may come one by one.
+template <int number, int threads> HELIX_DEVICE void named_barrier_diverged() {
+  asm volatile("barrier.cta.sync %0, %1;" ::"n"(number), "n"(threads) : "memory");
+}
+
+// Ordinary stores to shared memory become visible to wgmma and the copy engine.
+HELIX_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+HELIX_DEVICE void prefetch_map(const TensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// L2 policies for data read once and data read by many blocks.
+constexpr u64 kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f0000000000000;
+
+HELIX_DEVICE void copy_4d(u32 to, const TensorMap* map, u32 barrier, int x0, int x1, int x2, int x3, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(to), "l"(map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3),
+      "l"(policy)
+      : "memory");
+}
+
+// A 4D box to a variable in shared memory; read once, so L2 may drop it first.
+HELIX_DEVICE void copy_box(void* to, const TensorMap* map, u64* barrier, int x, int y, int z, int w) {
+  copy_4d(shared_address(to), map, shared_address(barrier), x, y, z, w, kEvictFirst);
+}
+
+// To the same address in every block of the cluster that is in `ranks`, each block's own barrier counting its bytes.
+HELIX_DEVICE void copy_4d_multicast(u32 to, const TensorMap* map, u32 barrier, int x0, int x1, int x2, int x3,
+                                    u64 policy, u16 ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(to), "l"(map), "r"(barrier), "r"(x0), "r"(x1),
+      "r"(x2), "r"(x3), "h"(ranks), "l"(policy)
+      : "memory");
+}
+
+HELIX_DEVICE void copy_5d(u32 to, const TensorMap* map, u32 barrier, int x0, int x1, int x2, int x3, int x4,
+                          u64 policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(to), "l"(map), "r"(barrier), "r"(x0), "r"(x1), "r"(x2),
+      "r"(x3), "r"(x4), "l"(policy)
+      : "memory");
+}
+
+// Shared-memory operand of wgmma in 128-byte rows with the 128-byte swizzle. K contiguous: `stride` is the distance
+// between 8-row groups, `lead` unused. Otherwise: `lead` between 64-column groups, `stride` between 8-row groups.
+struct MatrixOperand {
+  u32 low, high;
+  HELIX_DEVICE MatrixOperand(u32 address, u32 lead, u32 stride)
+      : low((address & 0x3ffff) >> 4 | (lead >> 4) << 16), high(stride >> 4 | 1u << 30) {}
+  // The same, `bytes` on.
+  HELIX_DEVICE u64 at(u32 bytes) const { return u64(high) << 32 | (low + (bytes >> 4)); }
+};
+
+// x, of which the compiler knows nothing: keeps it from computing ahead of a loop, and holding, what x leads to.
+HELIX_DEVICE u32 opaque(u32 x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+HELIX_DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+HELIX_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending> HELIX_DEVICE void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+template <int kRegisters> HELIX_DEVICE void registers_grow() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters> HELIX_DEVICE void registers_shrink() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+HELIX_DEVICE u32 cluster_rank() {
+  u32 rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// All threads of the cluster; orders no writes but those before barrier_init_visible.
+HELIX_DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
+}
+
+// Programmatic dependent launch: the next kernel may start; the previous one has finished and its writes are visible.
+HELIX_DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+HELIX_DEVICE void wait_for_previous_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+HELIX_DEVICE float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+HELIX_DEVICE float log2_approximate(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+HELIX_DEVICE u32 pack_bfloat16(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+HELIX_DEVICE void store_shared(u32 address, u32 word) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
+}
+HELIX_DEVICE void store_shared(u32 address, float x) { store_shared(address, u32(__float_as_int(x))); }
+HELIX_DEVICE void store_shared(u32 address, Vector16 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.words[0]), "r"(v.words[1]),
+               "r"(v.words[2]), "r"(v.words[3])
+               : "memory");
+}
+HELIX_DEVICE Vector16 load_global(const void* from) {
+  Vector16 v;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+               : "l"(from));
+  return v;
+}
+HELIX_DEVICE void store_global(void* to, Vector16 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.words[0]), "r"(v.words[1]), "r"(v.words[2]),
+               "r"(v.words[3])
+               : "memory");
+}
+HELIX_DEVICE float load_shared(u32 address) {
+  u32 word;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return __int_as_float(int(word));
+}
+HELIX_DEVICE Vector16 load_shared_vector(u32 address) {
+  Vector16 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+}  // namespace helix

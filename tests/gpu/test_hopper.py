@@ -1,0 +1,170 @@
+"""Hopper's own attention kernels against the float64 oracle: lengths, pages, graphs, bits."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from helixc.codegen.build import compile_all, render_all
+from helixc.codegen.problem import attention, problems
+from helixc_runtime.attention_shape import AttentionShape
+from helixc_runtime.ops import DecodeBatch, LayerCache
+from helixc_runtime.ops_cuda import CudaOps
+from helixc_runtime.ops_torch import TorchOps
+from tests.gpu.kernel_cases import check_partial, gqa, mla, to_double
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
+]
+
+BOUND = 5e-3  # relative Frobenius error of o in bfloat16
+SHAPES = {
+    **{f"mla h{heads} b{block}": mla(heads, block) for heads in (16, 32, 64, 128) for block in (32, 64)},
+    "gqa 64,8": gqa(64, 8, 128, 64),
+    "gqa 16,1": gqa(16, 1, 128, 64),
+    "gqa 10,2 d64 b16": gqa(10, 2, 64, 16),
+    "gqa 32,32 b128": gqa(32, 32, 128, 128),
+    "gqa 12,4 d64 b32": gqa(12, 4, 64, 32),
+}
+LENGTHS = {
+    "hostile": [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 0, 1009],
+    "one long": [70_001],
+    "ragged": [9_001, 3, 0, 40_000, 129, 2_048],
+    "many": [random.Random(5).randrange(0, 700) for _ in range(140)],
+    "empty": [0, 0, 0],
+}
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("artifact")
+
+
+@pytest.fixture
+def seed() -> int:
+    value = random.randrange(1 << 30)
+    print("seed", value)
+    return value
+
+
+def make_ops(shape: AttentionShape, folder: Path) -> CudaOps:
+    """CudaOps with Hopper's kernels; anything else would be a portable kernel under test by mistake."""
+    assert "partial" not in {spec.template for spec in attention(shape, "sm_90a")}
+    kernels = [c.kernel() for c in compile_all(render_all(problems(shape, 2, "sm_90a")), cache=folder / "kernels")]
+    return CudaOps(shape, kernels, folder, DEVICE)
+
+
+def random_pages(
+    shape: AttentionShape, lengths: list[int], generator: torch.Generator, spare: int = 3
+) -> tuple[LayerCache, DecodeBatch]:
+    """Shuffled pages of random K and V; every token beyond a row's length, and every unused page, is NaN."""
+    rows, width = len(lengths), max(1, -(-max(lengths) // shape.block)) + 1
+    pages = rows * width + spare
+    table = torch.randperm(pages, generator=generator, device=DEVICE)[: rows * width].view(rows, width)
+    limit = torch.tensor(lengths, device=DEVICE)
+    used = torch.arange(width * shape.block, device=DEVICE) < limit.unsqueeze(1)  # [rows, tokens]
+    valid = torch.zeros(pages, shape.block, dtype=torch.bool, device=DEVICE)
+    valid[table.flatten()] = used.view(-1, shape.block)
+    size = (shape.block, shape.head_dim) if shape.is_mla else (shape.kv_heads, shape.block, shape.head_dim)
+    holes = ~(valid.unsqueeze(-1) if shape.is_mla else valid[:, None, :, None])
+
+    def matrix() -> torch.Tensor:
+        random_values = torch.randn(pages, *size, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+        return random_values.masked_fill_(holes, math.nan)
+
+    unused = torch.zeros(0, device=DEVICE)
+    batch = DecodeBatch(unused, unused, table.int(), limit.int(), unused, unused)
+    return LayerCache(matrix(), None if shape.is_mla else matrix()), batch
+
+
+def random_queries(shape: AttentionShape, rows: int, generator: torch.Generator, gain: float = 1.0) -> torch.Tensor:
+    return (torch.randn(rows, shape.heads, shape.head_dim, generator=generator, device=DEVICE) * gain).bfloat16()
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_against_the_oracle(shape: AttentionShape, lengths: list[int], folder: Path, seed: int) -> None:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    cache, batch = random_pages(shape, lengths, generator)
+    q, ops = random_queries(shape, len(lengths), generator), make_ops(shape, folder)
+    first = ops.attend(q, cache, batch)
+    check_partial(first, TorchOps(shape).attend(q.double(), to_double(cache), batch), BOUND)
+    second = ops.attend(q, cache, batch)
+    assert torch.equal(first.o, second.o) and torch.equal(first.lse, second.lse), "two runs differ"
+
+
+@pytest.mark.parametrize("shape", [mla(64, 64), mla(128, 32), gqa(64, 8, 128, 64)], ids=str)
+def test_large_scores(shape: AttentionShape, folder: Path, seed: int) -> None:
+    """Scores in the thousands: one token takes all the weight, and LSE is as large as the score."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    cache, batch = random_pages(shape, [3000, 77, 0, 640], generator)
+    q, ops = random_queries(shape, 4, generator, gain=300.0), make_ops(shape, folder)
+    want = TorchOps(shape).attend(q.double(), to_double(cache), batch)
+    largest = float(want.lse[want.lse.isfinite()].abs().max())
+    assert largest > 1000
+    check_partial(ops.attend(q, cache, batch), want, BOUND, lse_bound=1e-3 + 1e-6 * largest)
+
+
+@pytest.mark.parametrize("shape", [mla(64, 64), mla(128, 32), gqa(64, 8, 128, 64)], ids=str)
+def test_a_graph_replays_with_other_lengths_and_pages(shape: AttentionShape, folder: Path, seed: int) -> None:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    cases = [[6_000, 0, 77], [64, 65, 5_007], [0, 0, 0], [1, 5_999, 6_000]]
+    problems_ = [random_pages(shape, lengths, generator, spare=200 - len(lengths)) for lengths in cases]
+    width = max(batch.page_table.shape[1] for _, batch in problems_)
+    pages = max(cache.k.shape[0] for cache, _ in problems_)
+    ops = make_ops(shape, folder)
+    k = torch.zeros(pages, *problems_[0][0].k.shape[1:], dtype=torch.bfloat16, device=DEVICE)
+    cache = LayerCache(k, None if shape.is_mla else k.clone())
+    unused = torch.zeros(0, device=DEVICE)
+    table, lengths = (
+        torch.zeros(3, width, dtype=torch.int32, device=DEVICE),
+        torch.zeros(3, dtype=torch.int32, device=DEVICE),
+    )
+    batch = DecodeBatch(unused, unused, table, lengths, unused, unused)
+    q = random_queries(shape, 3, generator)
+    stream = torch.cuda.Stream(DEVICE)
+    stream.wait_stream(torch.cuda.current_stream(DEVICE))
+    with torch.cuda.stream(stream):
+        ops.begin_step(batch)
+        ops.attend(q, cache, batch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        ops.begin_step(batch)
+        captured = ops.attend(q, cache, batch)
+    for filled, step in problems_:
+        cache.k[: len(filled.k)] = filled.k
+        if cache.v is not None and filled.v is not None:
+            cache.v[: len(filled.v)] = filled.v
+        table[:, : step.page_table.shape[1]] = step.page_table
+        lengths.copy_(step.lengths)
+        q.copy_(random_queries(shape, 3, generator))
+        captured.o.fill_(math.nan)
+        graph.replay()
+        torch.cuda.synchronize(DEVICE)
+        want = TorchOps(shape).attend(q.double(), to_double(filled), step)
+        check_partial(captured, want, BOUND)
+
+
+def test_two_million_tokens_beyond_two_to_the_31_bytes(folder: Path, seed: int) -> None:
+    shape = mla(16, 64)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    cache, batch = random_pages(shape, [2_000_003], generator)
+    assert cache.k.numel() * 2 > 1 << 31
+    q = random_queries(shape, 1, generator)
+    got = make_ops(shape, folder).attend(q, cache, batch)
+    tokens = cache.k[batch.page_table[0].long()].view(-1, 576)[:2_000_003]
+    scores = torch.cat([q[0].double() @ part.double().T for part in tokens.split(1 << 17)], dim=1) * shape.scale
+    weights = scores.softmax(-1)
+    o = sum(
+        w @ part[:, :512].double() for w, part in zip(weights.split(1 << 17, 1), tokens.split(1 << 17), strict=True)
+    )
+    assert float((got.o[0].double() - o).norm() / o.norm()) <= BOUND
+    assert float((got.lse[0].double() - scores.logsumexp(-1)).abs().max()) <= 1e-3
