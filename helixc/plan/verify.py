@@ -1,7 +1,8 @@
 """Proof of a plan, before it is written: what the runtime relies on is checked on the finished plan itself.
 
 Every rule reads the plan's records (coordinates, groups, boxes) and never the formulas that made them, so that a slip
-in a formula shows here. A flaw is a bug of the compiler, never of the user.
+in a formula shows here. The last two run the plan: `collectives` every rank's communication, against deadlock, and
+`step` the arithmetic on symbols. A flaw is a bug of the compiler, never of the user.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
+from helixc.plan.alike import label as _label
+from helixc.plan.alike import members as _members
+from helixc.plan.collectives import collectives
+from helixc.plan.simulate import simulate
 from helixc_runtime.manifest import (
     Groups,
     Instance,
@@ -48,14 +53,35 @@ def verify(plan: Plan) -> None:
 
 
 def find_flaws(plan: Plan) -> list[Flaw]:
-    """All broken rules of `plan`."""
-    flaws: list[Flaw] = []
+    """All broken rules of `plan`. Where its numbers point at nothing, only that: the other rules follow them."""
+    if flaws := [Flaw("references", message) for message in _references(plan)]:
+        return flaws
     for rule, check in RULES:
         flaws += [Flaw(rule, message) for message in check(plan)]
     return flaws
 
 
 # --- Ranks and groups -------------------------------------------------------------------------------------------
+
+
+def _references(plan: Plan) -> Iterator[str]:
+    """Every rank, shard and local rank that the plan names exists."""
+    count = len(plan.ranks)
+    sizes = {role: min(len(i.ranks) for i in plan.instances if i.role == role) for role in {r.role for r in plan.ranks}}
+    for instance in plan.instances:
+        if not instance.ranks or any(not 0 <= rank < count for rank in instance.ranks):
+            yield f"{_label(instance)} has ranks {instance.ranks} of {count}"
+    for rank in (*plan.ranks, plan.reference):
+        if not 0 <= rank.shard < len(plan.shards):
+            yield f"rank {rank.rank} has shard {rank.shard} of {len(plan.shards)}"
+    for rank in plan.ranks:
+        for kind in (field.name for field in fields(Groups)):
+            group = getattr(rank.groups, kind)
+            if any(not 0 <= member < count for member in group):
+                yield f"rank {rank.rank} has the {kind} group {group}"
+    for t in plan.transfers:
+        if not (0 <= t.source < sizes.get("context", 0) and 0 <= t.target < sizes.get("generation", 0)):
+            yield f"a transfer goes from local rank {t.source} to {t.target}"
 
 
 def _numbering(plan: Plan) -> Iterator[str]:
@@ -322,15 +348,9 @@ RULES: tuple[tuple[str, Callable[[Plan], Iterator[str]]], ...] = (
     ("weights", _weights),
     ("weight-windows", _windows),
     ("transfers", _transfers),
+    ("collectives", collectives),
+    ("step", simulate),
 )
-
-
-def _members(plan: Plan, instance: Instance) -> list[Rank]:
-    return [plan.ranks[rank] for rank in instance.ranks]
-
-
-def _label(instance: Instance) -> str:
-    return f"{instance.role} instance {instance.index}"
 
 
 def _tiles(ranges: Sequence[Range], end: int, start: int = 0) -> bool:
