@@ -36,8 +36,8 @@ fmt: $(VENV)/.installed-dev ## format, and fix what the linter can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-golden: $(VENV)/.installed-dev ## rewrite the expected plans and kernels under tests/golden; review the diff
-	HELIXC_UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/golden
+golden: $(VENV)/.installed-dev ## rewrite the expected plans, kernels and outputs in docs/; review the diff
+	HELIXC_UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/golden tests/docs/test_error_pages.py tests/docs/test_mistakes.py
 
 gpu-test: ## the tests that need a GPU, with $(PYTHON)'s own packages
 	PYTHONPATH=.:runtime $(PYTHON) -m pytest -m gpu tests/gpu

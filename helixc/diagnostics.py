@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import StrEnum
 
@@ -39,7 +39,7 @@ class Related:
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One finding. `help` is the way out."""
+    """One finding. `help` is the way out; `notes` are lines with the numbers behind it, such as a table."""
 
     code: str
     severity: Severity
@@ -47,6 +47,7 @@ class Diagnostic:
     span: Span
     help: str | None = None
     related: tuple[Related, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +59,25 @@ class Rule:
     title: str
     explanation: str
 
-    def at(self, span: Span, message: str, help: str | None = None, related: Iterable[Related] = ()) -> Diagnostic:
+    def at(
+        self,
+        span: Span,
+        message: str,
+        help: str | None = None,
+        related: Iterable[Related] = (),
+        notes: Iterable[str] = (),
+    ) -> Diagnostic:
         """The finding of this rule at `span`."""
-        return Diagnostic(self.code, self.severity, message, span, help, tuple(related))
+        return Diagnostic(self.code, self.severity, message, span, help, tuple(related), tuple(notes))
 
 
 def has_errors(diagnostics: Iterable[Diagnostic]) -> bool:
     return any(d.severity is Severity.ERROR for d in diagnostics)
+
+
+def strictly(diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:
+    """The same findings with every warning as an error; notes stay notes."""
+    return [replace(d, severity=Severity.ERROR) if d.severity is Severity.WARNING else d for d in diagnostics]
 
 
 def in_file_order(diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:

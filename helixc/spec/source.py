@@ -89,6 +89,11 @@ def read_text(path: Path | str) -> tuple[str | None, list[Diagnostic]]:
             raw = stream.read(MAX_BYTES + 1)
     except OSError as error:
         return None, [_unreadable(file, error)]
+    return decode(file, raw)
+
+
+def decode(file: str, raw: bytes) -> tuple[str | None, list[Diagnostic]]:
+    """The text that `raw` holds, without a byte order mark, or the reason why it cannot be a deployment's text."""
     if len(raw) > MAX_BYTES:
         message = f"{file} holds more than {MAX_BYTES:,} bytes"
         return None, [rules.UNREADABLE.at(Span.start_of(file), message, "a deployment file is a short YAML file")]

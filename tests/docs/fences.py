@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ERROR_PAGES = sorted((ROOT / "docs" / "errors").glob("*.md"))  # tested by test_error_pages
+PAGES = [ROOT / "README.md", *sorted({*(ROOT / "docs").rglob("*.md")} - {*ERROR_PAGES})]
 _FENCE = re.compile(r"^```(\S+)?[ \t]*(.*?)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -1,0 +1,25 @@
+"""The page of every code, docs/errors/HX*.md: what `helixc explain` prints, and its beginning, which the rule decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from helixc.diagnostics import Rule
+
+_PACKAGE = Path(__file__).parent
+
+
+def page(code: str) -> str:
+    """The Markdown page of `code`, which must exist."""
+    return (page_root() / f"{code}.md").read_text(encoding="utf-8")
+
+
+def page_root() -> Path:
+    """The folder of the pages: inside the installed package, or in the checkout around it."""
+    installed = _PACKAGE / "_errors"
+    return installed if installed.is_dir() else _PACKAGE.parent / "docs" / "errors"
+
+
+def beginning(rule: Rule) -> str:
+    """The first lines of the rule's page."""
+    return f"# {rule.code}: {rule.title}\n\nSeverity: {rule.severity.value}.\n\n{rule.explanation}\n"
