@@ -19,6 +19,7 @@ from helixc.plan.contributions import not_once
 from helixc_runtime.manifest import Instance, ModelArch, Piece, Plan, Range, Rank, split
 
 Slices = dict[str, Piece]  # what one rank computes one layer with, by the runtime's name
+Meaning = tuple[str, tuple[int, ...], tuple[int, ...] | None]  # of a weight's name: tensor, shape and layers
 Read = tuple[int, int | None]  # a query head, and the KV head it attends to; None: the latent, which all share
 
 
@@ -53,6 +54,9 @@ def _instance(plan: Plan, instance: Instance) -> Iterator[str]:
     inside = {rank.rank: _by_layer(plan, rank) for rank in ranks}
     for group in dict.fromkeys(rank.groups.ffn_tp for rank in ranks):
         team = [plan.ranks[member] for member in group]
+        if not all(rank.rank in outside for rank in team):
+            yield f"the sum over {group} leaves the instance"
+            continue
         if team[0].layers[0] == 0:
             yield from _embedding(plan, [outside[rank.rank] for rank in team])
         if team[0].layers[1] == plan.model.arch.num_layers:
@@ -80,12 +84,31 @@ def _by_layer(plan: Plan, rank: Rank) -> dict[int, tuple[Piece, ...]]:
 
 
 def _tensors(plan: Plan, instance: Instance) -> Iterator[str]:
-    """A name means the same tensor of the checkpoint on every rank as on the unsharded reference."""
-    meaning = {piece.name: (piece.tensor, piece.shape) for piece in plan.shards[plan.reference.shard]}
+    """Each rank has every weight its layers compute with, and a name means what it means to the unsharded reference."""
+    stages: dict[Range, dict[str, Meaning]] = {}
     for rank in members(plan, instance):
-        for piece in _pieces(plan, rank):
-            if (piece.tensor, piece.shape) != meaning.get(piece.name):
-                yield f"rank {rank.rank} reads {piece.name} from {piece.tensor} {piece.shape}"
+        if rank.layers not in stages:
+            stages[rank.layers] = _meanings(plan, rank.layers)
+        expected = stages[rank.layers]
+        found = [(piece.name, (piece.tensor, piece.shape, piece.layers)) for piece in _pieces(plan, rank)]
+        for name, meaning in found:
+            if meaning != expected.get(name):
+                yield f"rank {rank.rank} loads {name} as {meaning}, expected {expected.get(name)}"
+        if missing := expected.keys() - dict(found).keys():
+            yield f"rank {rank.rank} does not load {sorted(missing)}"
+        if len(dict(found)) != len(found):
+            yield f"rank {rank.rank} loads a weight twice"
+
+
+def _meanings(plan: Plan, layers: Range) -> dict[str, Meaning]:
+    """What a rank of the stage `layers` loads, by name."""
+    found: dict[str, Meaning] = {}
+    for piece in plan.shards[plan.reference.shard]:
+        inside = None if piece.layers is None else tuple(i for i in piece.layers if layers[0] <= i < layers[1])
+        ends = layers[0] == 0 if piece.name == "embed" else layers[1] == plan.model.arch.num_layers
+        if inside or (inside is None and ends):
+            found[piece.name] = (piece.tensor, piece.shape, inside)
+    return found
 
 
 def _pipelines(plan: Plan, ranks: Sequence[Rank]) -> Iterator[str]:

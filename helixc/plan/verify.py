@@ -41,9 +41,20 @@ class InvalidPlan(Exception):
     """The plan breaks the rules listed in `flaws`; nothing is written."""
 
     def __init__(self, flaws: Sequence[Flaw]) -> None:
-        lines = "\n".join(f"  {flaw.rule}: {flaw.message}" for flaw in flaws[:20])
+        lines = "\n".join(f"  {line}" for line in _told(flaws))
         super().__init__(f"the compiler made a plan that is wrong ({len(flaws)} flaws); please report it\n{lines}")
         self.flaws = tuple(flaws)
+
+
+def _told(flaws: Sequence[Flaw], each: int = 4) -> Iterator[str]:
+    """A few flaws of every broken rule."""
+    by_rule: dict[str, list[Flaw]] = defaultdict(list)
+    for flaw in flaws:
+        by_rule[flaw.rule].append(flaw)
+    for rule, found in by_rule.items():
+        yield from (f"{rule}: {flaw.message}" for flaw in found[:each])
+        if len(found) > each:
+            yield f"{rule}: and {len(found) - each} more"
 
 
 def verify(plan: Plan) -> None:
@@ -65,12 +76,14 @@ def find_flaws(plan: Plan) -> list[Flaw]:
 
 
 def _references(plan: Plan) -> Iterator[str]:
-    """Every rank, shard and local rank that the plan names exists."""
+    """Every rank, shard, element and local rank that the plan names exists."""
     count = len(plan.ranks)
     sizes = {role: min(len(i.ranks) for i in plan.instances if i.role == role) for role in {r.role for r in plan.ranks}}
     for instance in plan.instances:
         if not instance.ranks or any(not 0 <= rank < count for rank in instance.ranks):
             yield f"{_label(instance)} has ranks {instance.ranks} of {count}"
+        if not 1 <= instance.tp * instance.cp <= len(instance.ranks):
+            yield f"{_label(instance)} has {len(instance.ranks)} ranks in stages of tp {instance.tp} x cp {instance.cp}"
     for rank in (*plan.ranks, plan.reference):
         if not 0 <= rank.shard < len(plan.shards):
             yield f"rank {rank.rank} has shard {rank.shard} of {len(plan.shards)}"
@@ -79,6 +92,10 @@ def _references(plan: Plan) -> Iterator[str]:
             group = getattr(rank.groups, kind)
             if any(not 0 <= member < count for member in group):
                 yield f"rank {rank.rank} has the {kind} group {group}"
+    for number, shard in enumerate(plan.shards):
+        for piece in shard:
+            if len(piece.box) != len(piece.shape) or not all(map(_within, piece.box, ((0, n) for n in piece.shape))):
+                yield f"shard {number} holds {piece.box} of {piece.name}, which is {piece.shape}"
     for t in plan.transfers:
         if not (0 <= t.source < sizes.get("context", 0) and 0 <= t.target < sizes.get("generation", 0)):
             yield f"a transfer goes from local rank {t.source} to {t.target}"
@@ -363,4 +380,4 @@ def _tiles(ranges: Sequence[Range], end: int, start: int = 0) -> bool:
 
 
 def _within(inner: Range, outer: Range) -> bool:
-    return outer[0] <= inner[0] and inner[1] <= outer[1]
+    return outer[0] <= inner[0] <= inner[1] <= outer[1]
