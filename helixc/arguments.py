@@ -42,7 +42,10 @@ def _check(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--strict", action="store_true", help="warnings are errors")
     verb.add_argument("--format", choices=DIAGNOSTIC_FORMATS, help="default: text; github under GitHub Actions")
     verb.add_argument(
-        "--dialect", choices=DIALECTS, default="auto", help="whose files they are; trtllm lints for TensorRT-LLM's users"
+        "--dialect",
+        choices=DIALECTS,
+        default="auto",
+        help="whose files they are; trtllm lints for TensorRT-LLM's users",
     )
 
 

@@ -1,4 +1,4 @@
-"""The page of every code, docs/errors/HX*.md: what `helixc explain` prints, and its beginning, which the rule decides."""
+"""The page of every code, docs/errors/HX*.md, which `helixc explain` prints, and its beginning as the rule wants it."""
 
 from __future__ import annotations
 

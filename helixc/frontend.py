@@ -12,7 +12,6 @@ from helixc.diagnostics import Diagnostic, Rule, Span, has_errors, in_file_order
 from helixc.geometry import read_geometry
 from helixc.ignores import apply_ignores
 from helixc.inputs import Input, read_input
-from helixc.model import ModelError, native_dtype, read_model
 from helixc.spec import rules as spec_rules
 from helixc.spec.document import parse_yaml
 from helixc.spec.model_reference import MODEL_NOT_FOUND

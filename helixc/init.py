@@ -113,13 +113,13 @@ def _lines(wishes: Wishes, arch: ModelArch) -> Iterator[str]:
     yield "# A Helix-parallel deployment. `helixc check` finds mistakes, `helixc plan` shows what every rank will do."
     yield ""
     if is_builtin(wishes.model):
-        yield f"model: {wishes.model} # a built-in geometry; for real weights, a checkpoint folder in Hugging Face's layout"
+        yield f"model: {wishes.model} # a built-in geometry; for real weights, a Hugging Face checkpoint folder"
         yield "load_format: dummy # random weights; remove this line with a checkpoint folder"
     else:
         yield f"model: {json.dumps(wishes.model)} # a checkpoint folder, relative to this file"
     yield "dtype: auto # that of the checkpoint; or bfloat16, float16, float32"
     yield ""
-    yield "# Context instances (ctx) prefill, generation instances (gen) decode. `2x` in front of the sizes makes two of them."
+    yield "# Context instances (ctx) prefill, generation instances (gen) decode. `2x` before the sizes makes two."
     yield "# tp splits the heads, cp the KV cache by position (Helix; gen only), pp the layers, ep the experts."
     yield f"# Here tp * cp must divide {arch.num_heads} heads{_kv_heads(arch)}."
     yield f"parallelism: ctx {context} / gen {generation}"

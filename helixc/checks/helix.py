@@ -51,6 +51,8 @@ def context_has_no_cp(case: Case) -> Iterator[Finding]:
         cp = side.spec.context_parallel_size
         if side.role == "context" and cp > 1:
             help = "context instances have cp 1; give context_parallel_size to generation_servers only"
+            if (CP,) in case.source.spans and case.origins.path("context", CP) == (CP,):
+                help = f"move `{CP}: {cp}` into generation_servers: at the top level it holds for both"
             yield Finding(side.at(CP), f"context_servers cannot have context_parallel_size {cp}", help)
 
 
@@ -146,8 +148,8 @@ def helix_pays(case: ModelCase) -> Iterator[Finding]:
         saved, cost = _saved_a_token(side, case.arch, gpu), _exchange_time(side, case.arch, gpu)
         if length * saved < cost:
             message = (
-                f"at max_seq_len {length:,}, cp {side.cp} saves {length * saved * 1e6:.1f} us of KV reading a layer and "
-                f"costs {cost * 1e6:.1f} us of exchange"
+                f"at max_seq_len {length:,}, cp {side.cp} saves {length * saved * 1e6:.1f} us of KV reading a layer "
+                f"and costs {cost * 1e6:.1f} us of exchange"
             )
             help = f"by this estimate cp pays from {math.ceil(cost / saved):,} tokens on; use fewer cp ranks, or none"
             related = side.related("the longest request", "max_seq_len", side.at(CP))

@@ -13,7 +13,6 @@ from helixc.plan.lower import Deployment, lower
 from helixc.table import aligned, byte_size
 from helixc_runtime.manifest import local_length
 
-
 _MAX_TOKENS = ("kv_cache_config", "max_tokens")
 _NO_ROOM = "the weights leave no room: use more ranks a stage, more pipeline stages, or a GPU with more memory"
 

@@ -31,7 +31,7 @@ def _cp_config(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tidied(node: Any, *, names: bool = False) -> Any:
-    """Without titles, null alternatives and empty defaults. `names`: the keys of `node` are a document's, not a schema's."""
+    """Without titles, null alternatives and empty defaults. `names`: the keys of `node` are names, not the schema's."""
     if isinstance(node, list):
         return [_tidied(item) for item in node]
     if not isinstance(node, dict):

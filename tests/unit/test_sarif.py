@@ -39,8 +39,8 @@ def test_the_log_is_valid_sarif(
     """Errors, warnings and notes, with related places, notes and odd file names."""
     broken = tmp_path / "a b,c%20ü.yaml"
     broken.write_text(
-        "model: llama-3.1-8b\nload_format: dummy # helixc: ignore[HX305] gone\nmax_seq_len: 131072\nmax_batch_size: 64\n"
-        "parallelism: ctx tp1 / gen tp1 cp2\nhardware: {gpu: h100}\n"
+        "model: llama-3.1-8b\nload_format: dummy # helixc: ignore[HX305] gone\n"
+        "max_seq_len: 131072\nmax_batch_size: 64\nparallelism: ctx tp1 / gen tp1 cp2\nhardware: {gpu: h100}\n"
     )
     duplicate = tmp_path / "duplicate.yaml"
     duplicate.write_text(
