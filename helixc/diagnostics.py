@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import StrEnum
+
+
+_LINE_BREAKS = re.compile(r"\s*[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]\s*")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Severity(StrEnum):
@@ -67,8 +72,14 @@ class Rule:
         related: Iterable[Related] = (),
         notes: Iterable[str] = (),
     ) -> Diagnostic:
-        """The finding of this rule at `span`."""
+        """The finding of this rule at `span`. Message and help become one line each, whatever values they quote."""
+        message, help = one_line(message), one_line(help) if help else help
         return Diagnostic(self.code, self.severity, message, span, help, tuple(related), tuple(notes))
+
+
+def one_line(text: str) -> str:
+    """`text` with a space for every line break, and without control characters, which could drive a terminal."""
+    return text if text.isprintable() else _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _LINE_BREAKS.sub(" ", text))
 
 
 def has_errors(diagnostics: Iterable[Diagnostic]) -> bool:

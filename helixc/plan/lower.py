@@ -67,7 +67,9 @@ def kv_tokens(batch: int, length: int, block: int, cp: int) -> int:
 
 def _layout(role: Role, spec: RoleSpec, arch: ModelArch) -> Layout:
     ranks = spec.tensor_parallel_size * spec.context_parallel_size
-    moe_ep = spec.moe_expert_parallel_size or ranks // (spec.moe_tensor_parallel_size or ranks)
+    moe_ep = 1  # of a model without experts, whatever the file says: HX203
+    if arch.moe is not None:
+        moe_ep = spec.moe_expert_parallel_size or ranks // (spec.moe_tensor_parallel_size or ranks)
     mapping = Mapping(spec.tensor_parallel_size, spec.context_parallel_size, spec.pipeline_parallel_size, moe_ep)
     max_seq_len = spec.max_seq_len or arch.max_position
     needed = kv_tokens(spec.max_batch_size, max_seq_len, spec.tokens_per_block, mapping.cp)

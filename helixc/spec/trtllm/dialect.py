@@ -66,7 +66,7 @@ def _has_foreign_key(data: Mapping[str, Any], keys: Keys) -> bool:
     for key, value in data.items():
         if key in keys and key not in Document.model_fields:
             return True
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or key not in keys:
             continue
         if key in _ROLE_SECTIONS and _has_foreign_key(value, keys[key]):
             return True

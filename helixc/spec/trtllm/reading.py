@@ -43,10 +43,9 @@ def read(source: Source, purpose: Purpose) -> Reading:
     if purpose is Purpose.DEPLOY:
         findings += [*unused_keys(source, file.kind), *narrowed]
     if file.kind is Kind.WORKER:
-        first = next(iter(source.data))
         message = f"this file holds the options of one {'context' if file.context else 'generation'} worker"
         help = "the model and the other role are given elsewhere: give the orchestrator's file to check them too"
-        findings.append(rules.ONE_WORKER.at(source.key_span((first,)), message, help))
+        findings.append(rules.ONE_WORKER.at(file.start, message, help))
     findings += about_model
     if model is not None:
         translated = Source(translated.path, translated.text, translated.data | {"model": model}, translated.spans)
@@ -60,11 +59,8 @@ def _model(file: TrtllmFile, translated: Source) -> tuple[str | None, list[Diagn
     if path is None:
         if file.kind is Kind.WORKER:
             return None, []
-        span = next(iter(source.spans.values())).value
-        first = next(iter(source.data), None)
-        span = source.key_span((first,)) if first is not None else span
         message = "no model is named, so its geometry was not compared with the sizes"
-        return None, [rules.NO_GEOMETRY.at(span, message, help)]
+        return None, [rules.NO_GEOMETRY.at(file.start, message, help)]
     name = at(source, path)
     if not isinstance(name, str):
         return None, []  # the schema reports it

@@ -80,8 +80,7 @@ class Servers:
         """The key of the section."""
         if self.section in self.source.spans and self.section:
             return self.source.key_span(self.section)
-        first = next(iter(self.source.data), None)
-        return Span.start_of(self.source.path) if first is None else self.source.key_span((first,))
+        return first_key(self.source)
 
     @property
     def instances(self) -> int:
@@ -117,6 +116,11 @@ class TrtllmFile:
         return cls(kind, source, found.get("context"), found.get("generation"))
 
     @property
+    def start(self) -> Span:
+        """The file's first key, for what is about the whole."""
+        return first_key(self.source)
+
+    @property
     def roles(self) -> Iterator[Servers]:
         return (servers for servers in (self.context, self.generation) if servers is not None)
 
@@ -137,6 +141,12 @@ def _is_context(source: Source) -> bool:
     """A worker's file does not say its role; its name often does, and context parallelism is for generation."""
     named = _CONTEXT_NAME.search(PurePath(source.path).stem.lower()) is not None
     return named and "cp_config" not in source.data
+
+
+def first_key(source: Source) -> Span:
+    """The place of the file's first key; of its start if it has none."""
+    first = next(iter(source.data), None)
+    return Span.start_of(source.path) if first is None else source.key_span((first,))
 
 
 def at(source: Source, path: KeyPath) -> Any:
