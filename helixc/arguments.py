@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     _check(verbs.add_parser("check", help="report everything that is wrong with deployment files"))
     _compile(verbs.add_parser("compile", help="write the artifact: the plan and the compiled kernels"))
-    _plan(verbs.add_parser("plan", help="print the plan, as it will run"))
+    _plan(verbs.add_parser("plan", help="print the plan, as it will run, or the difference of two"))
     _launch(verbs.add_parser("launch", help="run the deployment on this machine"))
     _explain(verbs.add_parser("explain", help="explain the code of a finding, such as HX301"))
     _init(verbs.add_parser("init", help="write a commented deployment file to start from"))
@@ -63,6 +63,7 @@ def _compile(verb: argparse.ArgumentParser) -> None:
 
 def _plan(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("path", type=Path, metavar="FILE|DIR", help="deployment file or artifact")
+    verb.add_argument("other", type=Path, nargs="?", metavar="FILE|DIR", help="another: print what changes on the way")
     verb.add_argument("--format", choices=DATA_FORMATS, default="text", help="default: %(default)s")
 
 

@@ -101,8 +101,10 @@ def _compile(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from helixc.commands import plan_path
+    from helixc.commands import plan_difference, plan_path
 
+    if arguments.other is not None:
+        return plan_difference(arguments.path, arguments.other, arguments.format)
     return plan_path(arguments.path, arguments.format)
 
 

@@ -68,25 +68,46 @@ def compile_file(file: Path, output: Path | None, arches: tuple[str, ...], forma
 
 def plan_path(path: Path, format: str) -> int:
     """`helixc plan` of a deployment file or an artifact. Returns the exit code."""
+    plan = _plan_at(path)
+    if isinstance(plan, int):
+        return plan
+    sys.stdout.write(to_json(plan) if format == "json" else to_text(plan))
+    return 0
+
+
+def plan_difference(before: Path, after: Path, format: str) -> int:
+    """`helixc plan A B`: what changes from one deployment to the other. Returns the exit code."""
+    from helixc.plan import show_diff
+    from helixc.plan.diff import compare
+
+    plans = [_plan_at(path) for path in (before, after)]
+    failed = [plan for plan in plans if isinstance(plan, int)]
+    if failed:
+        return max(failed)
+    a, b = (plan for plan in plans if isinstance(plan, Plan))
+    diff = compare(a, b)
+    sys.stdout.write(to_json(diff) if format == "json" else show_diff.to_text(diff))
+    return 0
+
+
+def _plan_at(path: Path) -> Plan | int:
+    """The plan of a deployment file or an artifact, or the exit code after saying why there is none."""
     if path.is_dir():
         try:
-            plan = load(path).plan
+            return load(path).plan
         except ArtifactError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    else:
-        analysis = analyse(path)
-        print_findings(analysis.diagnostics, [analysis], sys.stderr)
-        checked = _checked(analysis)
-        if checked is None:
-            return 1
-        try:
-            plan = _plan(checked, _arches(checked.spec, (DEFAULT_ARCH,)))
-        except BuildFailure as failure:
-            print(f"error: {failure}", file=sys.stderr)
-            return 2
-    sys.stdout.write(to_json(plan) if format == "json" else to_text(plan))
-    return 0
+    analysis = analyse(path)
+    print_findings(analysis.diagnostics, [analysis], sys.stderr)
+    checked = _checked(analysis)
+    if checked is None:
+        return 1
+    try:
+        return _plan(checked, _arches(checked.spec, (DEFAULT_ARCH,)))
+    except BuildFailure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 2
 
 
 def artifact_for_launch(file: Path, *, needs_kernels: bool) -> Path | int:
