@@ -66,7 +66,8 @@ def unused_keys(source: Source, kind: Kind) -> Iterator[Diagnostic]:
     """A note for every known key that has no effect on helixc. A mapping that is unused as a whole is one note."""
     unused: set[KeyPath] = set()
     for path, keys in _walk(source.data, _TABLES[kind], ()):
-        if path[-1] not in keys or path[-1] in _READ or any(path[:n] in unused for n in range(1, len(path))):
+        is_unused = path[-1] in keys and path[-1] not in RENAMED and path[-1] not in _READ
+        if not is_unused or any(path[:n] in unused for n in range(1, len(path))):
             continue
         unused.add(path)
         message = f"`{path[-1]}` is for TensorRT-LLM; helixc has no use for it"
