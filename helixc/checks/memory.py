@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from helixc.checks.case import CP, Case, ModelCase, Side
+from helixc.checks.case import CP, TP, Case, ModelCase, Side
 from helixc.checks.check import Finding, error, warning
-from helixc.diagnostics import Related
+from helixc.diagnostics import Related, divisors
 from helixc.hardware import GPUS, Gpu
 from helixc.plan.footprint import Footprint, footprints, largest, resized
 from helixc.plan.lower import Deployment, lower
@@ -14,7 +15,6 @@ from helixc.table import aligned, byte_size
 from helixc_runtime.manifest import local_length
 
 _MAX_TOKENS = ("kv_cache_config", "max_tokens")
-_NO_ROOM = "the weights leave no room: use more ranks a stage, more pipeline stages, or a GPU with more memory"
 
 
 @error("HX501")
@@ -70,7 +70,7 @@ def memory_suffices(case: ModelCase) -> Iterator[Finding]:
         assert layout is not None
         stages.append((side, list(footprints(deployment, layout))))
     worst = [(side, max(found, key=lambda f: f.memory.total)) for side, found in stages]
-    too_large = [_too_large(side, footprint, deployment, gpu) for side, footprint in worst if _missing(footprint, gpu)]
+    too_large = [_too_large(case, side, found, deployment, gpu) for side, found in worst if _missing(found, gpu)]
     yield from too_large
     if case.spec.hardware.share_gpus and len(stages) == 2 and not too_large:
         yield from _shared(stages, gpu)
@@ -86,22 +86,31 @@ def _missing(footprint: Footprint, gpu: Gpu) -> bool:
     return footprint.kv > _room(footprint, gpu)
 
 
-def _too_large(side: Side, footprint: Footprint, deployment: Deployment, gpu: Gpu) -> Finding:
+def _too_large(case: ModelCase, side: Side, footprint: Footprint, deployment: Deployment, gpu: Gpu) -> Finding:
     stage = f" of stage {footprint.stage}" if footprint.layout.mapping.pp > 1 else ""
     need, have = byte_size(footprint.memory.total), byte_size(gpu.memory)
     message = f"a rank{stage} of {side.name} needs {need}, {gpu.name} has {have}"
     room = _room(footprint, gpu)
     if room <= 0:
-        span, help = side.at("tensor_parallel_size"), _NO_ROOM
+        span, ways = side.at(TP), []
     else:
         message += "" if footprint.memory.total > gpu.memory else f", of which the KV cache may take {byte_size(room)}"
-        span = side.first_given("max_seq_len", "max_batch_size")
-        help = _what_fits(side, footprint, deployment, gpu)
+        span = side.given(*_MAX_TOKENS) or side.first_given("max_seq_len", "max_batch_size")
+        ways = _what_fits(side, footprint, deployment, gpu)
+    key = CP if side.role == "generation" else TP
+    if enough := _enough(case, side, gpu, key):
+        ways.append(f"{key} {enough}")
+    help = f"what would fit: {', or '.join(ways)}" if ways else "use more pipeline stages, or a GPU with more memory"
     related = [Related("the GPU", side.origins.source.value_span(("hardware", "gpu")))]
     return Finding(span, message, help, tuple(related), _table(footprint, gpu))
 
 
-def _what_fits(side: Side, footprint: Footprint, deployment: Deployment, gpu: Gpu) -> str:
+def _what_fits(side: Side, footprint: Footprint, deployment: Deployment, gpu: Gpu) -> list[str]:
+    """The largest batch and the longest request for which the same ranks have room, or the largest max_tokens."""
+    if side.spec.max_tokens is not None:
+        block = deployment.tokens_per_block
+        most = _room(footprint, gpu) // footprint.memory.kv_per_token // block * block
+        return [f"max_tokens {most}"] if most else []
     batch, length = footprint.layout.max_batch_size, footprint.layout.max_seq_len
 
     def fits(batch: int, length: int) -> bool:
@@ -112,8 +121,30 @@ def _what_fits(side: Side, footprint: Footprint, deployment: Deployment, gpu: Gp
         ways.append(f"max_batch_size {most} at this length")
     if longest := largest(lambda n: fits(batch, n), length):
         ways.append(f"max_seq_len {longest} for {batch} requests" if batch > 1 else f"max_seq_len {longest}")
-    more = "a larger context_parallel_size" if side.role == "generation" else "a larger tensor_parallel_size"
-    return f"what would fit: {', or '.join(ways)}; or use {more}" if ways else f"use {more}, or more pipeline stages"
+    return ways
+
+
+def _enough(case: ModelCase, side: Side, gpu: Gpu, key: str) -> int | None:
+    """The smallest larger size of `key` with which this role fits, None if there is none that the model allows."""
+    whole = case.arch.num_heads if key == CP or case.arch.mla else case.arch.num_kv_heads
+    now, other = (side.cp, side.tp) if key == CP else (side.tp, 1)
+    split = 1 if side.spec.enable_attention_dp else other
+    for size in divisors(whole // split):
+        ranks = size * other
+        if size <= now or ranks % (side.spec.moe_expert_parallel_size or 1):
+            continue
+        role = replace(side.spec, moe_tensor_parallel_size=None)
+        if side.role == "generation":
+            role = replace(role, context_parallel_size=size)
+            deployment = lower(replace(case.spec, generation=role), case.arch)
+        else:
+            role = replace(role, tensor_parallel_size=size)
+            deployment = lower(replace(case.spec, context=role), case.arch)
+        layout = deployment.context if side.role == "context" else deployment.generation
+        assert layout is not None
+        if not any(_missing(footprint, gpu) for footprint in footprints(deployment, layout)):
+            return size
+    return None
 
 
 def _table(footprint: Footprint, gpu: Gpu) -> tuple[str, ...]:

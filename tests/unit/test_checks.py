@@ -254,6 +254,28 @@ def test_what_is_said_to_fit_fits(gpu: Gpu, check: Check) -> None:
     most, longest = int(fits[1]), int(fits[2])
     assert (codes(most, length), codes(most + 1, length)) == ([], ["HX503"])
     assert (codes(batch, longest), codes(batch, longest + 1)) == ([], ["HX503"])
+    for ranks in re.findall(r"context_parallel_size (\d+)", str(finding.help)):
+        text = text.replace("gen tp2 cp2", f"gen tp2 cp{ranks}")
+        assert "HX503" not in codes(batch, length)
+
+
+def test_the_max_tokens_that_is_said_to_fit_fits(check: Check) -> None:
+    text = f"{DENSE}parallelism: gen cp2\nmax_batch_size: 64\nhardware: {{gpu: h100}}\n"
+    text += "kv_cache_config: {max_tokens: %s}\n"
+    finding, pointed_at = check.one(text % 2_000_000)
+    assert (finding.code, pointed_at) == ("HX503", "2000000")
+    fits = re.search(r"max_tokens (\d+)", str(finding.help))
+    assert fits and not check(text % fits[1]).diagnostics
+    assert [d.code for d in check(text % (int(fits[1]) + 32)).diagnostics] == ["HX503"]
+
+
+def test_a_size_that_makes_room_for_the_weights_is_proposed(check: Check) -> None:
+    text = "model: deepseek-v3\nload_format: dummy\nmax_seq_len: 40000\nhardware: {gpu: gb200}\nparallelism: gen cp%s ep4\n"
+    finding, pointed_at = check.one(text % 4)
+    assert (finding.code, pointed_at) == ("HX503", "gen")
+    fits = re.search(r"what would fit: context_parallel_size (\d+)", str(finding.help))
+    assert fits and int(fits[1]) > 4
+    assert "HX503" not in [d.code for d in check(text % fits[1]).diagnostics]
 
 
 def test_the_memory_check_counts_what_the_plan_counts(check: Check) -> None:
