@@ -16,8 +16,12 @@ def page(code: str) -> str:
 
 def page_root() -> Path:
     """The folder of the pages: inside the installed package, or in the checkout around it."""
-    installed = _PACKAGE / "_errors"
-    return installed if installed.is_dir() else _PACKAGE.parent / "docs" / "errors"
+    return installed_root() if installed_root().is_dir() else _PACKAGE.parent / "docs" / "errors"
+
+
+def installed_root() -> Path:
+    """Where a wheel has the pages."""
+    return _PACKAGE / "_errors"
 
 
 def beginning(rule: Rule) -> str:

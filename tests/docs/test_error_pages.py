@@ -7,12 +7,13 @@ files without the mistake. `make golden` rewrites beginnings and outputs.
 from __future__ import annotations
 
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from helixc.cli import main
-from helixc.error_pages import beginning, page_root
+from helixc.error_pages import beginning, installed_root, page_root
 from helixc.frontend import all_rules
 from tests.docs.fences import ERROR_PAGES, ROOT
 from tests.docs.shown import replayed, written
@@ -24,6 +25,12 @@ _HEADING = "\n## Corrected\n"
 def test_every_code_has_a_page_and_every_page_a_code() -> None:
     assert page_root() == ROOT / "docs" / "errors"
     assert [page.stem for page in ERROR_PAGES] == sorted(RULES)
+
+
+def test_the_wheel_holds_the_pages_where_explain_looks_for_them() -> None:
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert "docs/errors" in wheel["only-include"]
+    assert ROOT / wheel["sources"]["docs/errors"] == installed_root()
 
 
 @pytest.mark.parametrize("code", sorted(RULES))

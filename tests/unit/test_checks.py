@@ -270,7 +270,8 @@ def test_the_max_tokens_that_is_said_to_fit_fits(check: Check) -> None:
 
 
 def test_a_size_that_makes_room_for_the_weights_is_proposed(check: Check) -> None:
-    text = "model: deepseek-v3\nload_format: dummy\nmax_seq_len: 40000\nhardware: {gpu: gb200}\nparallelism: gen cp%s ep4\n"
+    text = "model: deepseek-v3\nload_format: dummy\nmax_seq_len: 40000\n"
+    text += "hardware: {gpu: gb200}\nparallelism: gen cp%s ep4\n"
     finding, pointed_at = check.one(text % 4)
     assert (finding.code, pointed_at) == ("HX503", "gen")
     fits = re.search(r"what would fit: context_parallel_size (\d+)", str(finding.help))
