@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from helixc import checks
 from helixc.checks import trtllm as lints
@@ -10,9 +10,11 @@ from helixc.diagnostics import Diagnostic
 from helixc.geometry import read_geometry
 from helixc.spec.model_reference import MODEL_NOT_FOUND
 from helixc.spec.parse import parse
+from helixc.spec.rules import MISSING_KEY
 from helixc.spec.settle import PLACEHOLDER
 from helixc.spec.source import Source
 from helixc.spec.spec import Spec
+from helixc.spec.trtllm.dialect import Kind
 from helixc.spec.trtllm.reading import Purpose, read
 from helixc.spec.trtllm.servers import TrtllmFile
 from helixc_runtime.manifest import ModelArch
@@ -36,7 +38,8 @@ def analyse_trtllm(source: Source, purpose: Purpose) -> TrtllmAnalysis:
     """Type and check `source`, a file of TensorRT-LLM. Never raises for a user's mistake."""
     reading = read(source, purpose)
     parsed = parse(reading.source)
-    findings = [*reading.findings, *(f for f in parsed.findings if f.code != MODEL_NOT_FOUND.code)]
+    read_on = (f for f in parsed.findings if f.code != MODEL_NOT_FOUND.code)
+    findings = [*reading.findings, *(_in_their_words(f, reading.file) for f in read_on)]
     arch: ModelArch | None = None
     if parsed.spec is not None:
         if reading.is_whole and parsed.spec.model != PLACEHOLDER:
@@ -49,6 +52,17 @@ def analyse_trtllm(source: Source, purpose: Purpose) -> TrtllmAnalysis:
         balanced = _has_slots_for_all(reading.file)
         findings = [f for f in findings if f.code.startswith(_FOR_BOTH) and not (balanced and f.code == _EXPERTS)]
     return TrtllmAnalysis(parsed.spec, arch, findings)
+
+
+def _in_their_words(finding: Diagnostic, file: TrtllmFile) -> Diagnostic:
+    """The advice to describe the generation instances, which is not about our short form here."""
+    if finding.code != MISSING_KEY.code or file.generation is not None:
+        return finding
+    sections = {
+        Kind.ORCHESTRATOR: "add a section `generation_servers`: somebody has to decode",
+        Kind.BENCHMARK: "describe both roles in `worker_config: {ctx: ..., gen: ...}`: helixc serves them apart",
+    }
+    return replace(finding, help=sections.get(file.kind, finding.help), span=file.start)
 
 
 def _has_slots_for_all(file: TrtllmFile) -> bool:

@@ -284,6 +284,18 @@ def test_roles_with_different_models_and_transceivers() -> None:
     assert at == "UCX" and "nixl on context_servers" in finding.message
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("hostname: a\nmodel: deepseek-v3-lite\ncontext_servers: {context_parallel_size: 2}\n", "generation_servers"),
+        ("slurm: {}\nhardware: {gpus_per_node: 4}\nserver: {tp_size: 8}\n", "worker_config"),
+    ],
+)
+def test_nobody_to_hand_over_to(text: str, words: str) -> None:
+    finding, _ = one(text, "HX103", dialect=Dialect.AUTO)
+    assert finding.span.line == 1 and words in str(finding.help)
+
+
 def test_one_worker_may_serve_both_roles() -> None:
     section = "{num_instances: 1, tensor_parallel_size: 2, urls: ['a:8001']}"
     both = f"model: deepseek-v3-lite\ncontext_servers: {section}\ngeneration_servers: {section}\n"

@@ -87,7 +87,7 @@ def batch_fits_the_budget(file: TrtllmFile) -> Iterator[Finding]:
     if file.generation is None:
         return
     batch, budget = file.generation.count("max_batch_size"), file.generation.count("max_num_tokens")
-    drafts = file.generation.count("speculative_config", "max_draft_len") or 0
+    drafts = file.generation.drafts
     if batch and budget and budget < batch * (1 + drafts):
         related = (Related("max_batch_size is given here", file.generation.span("max_batch_size")),)
         each = f"{batch} requests of {1 + drafts} tokens" if drafts else f"{batch} requests"

@@ -56,7 +56,7 @@ def kind_of(source: Source) -> Kind:
     if any(key in data for key in _ROLE_SECTIONS):
         return Kind.ORCHESTRATOR
     worker = data.get("worker_config")
-    if isinstance(worker, dict) and worker.keys() & BENCHMARK["worker_config"].keys():
+    if "slurm" in data or (isinstance(worker, dict) and worker.keys() & BENCHMARK["worker_config"].keys()):
         return Kind.BENCHMARK
     return Kind.WORKER
 

@@ -89,6 +89,12 @@ class Servers:
         return value if isinstance(value, int) and not isinstance(value, bool) else 1
 
     @property
+    def drafts(self) -> int:
+        """Tokens that speculative decoding drafts in a step."""
+        keys = ("max_draft_len", "num_nextn_predict_layers")
+        return next((n for key in keys if (n := self.count("speculative_config", key))), 0)
+
+    @property
     def cp(self) -> int:
         return self.size("context_parallel_size")
 

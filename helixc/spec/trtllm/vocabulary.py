@@ -118,6 +118,7 @@ ORCHESTRATOR: Keys = {
 }
 BENCHMARK: Keys = {
     **_any("metadata", "slurm", "environment", "profiling", "accuracy", "server_config", "telemetry", "sequence"),
+    "server": ANY,  # of a job that serves both phases from one instance
     "benchmark": ANY,
     "hardware": _any("gpus_per_node", "num_ctx_servers", "num_gen_servers", "gpu_type"),
     "worker_config": {
