@@ -11,6 +11,7 @@ from helixc.diagnostics import counted, divisors, listed
 from helixc.hardware import GPUS, NETWORK_LATENCY, NVLINK_LATENCY, Gpu
 from helixc.spec.agreement import value_at
 from helixc.spec.source import KeyPath
+from helixc.table import byte_size
 from helixc_runtime.manifest import DTYPE_BYTES, ModelArch
 
 
@@ -98,7 +99,11 @@ def kv_heads_are_duplicated(case: ModelCase) -> Iterator[Finding]:
     for side in _sides_that_split_heads(case):
         if side.tp > kv_heads and side.tp % kv_heads == 0:
             copies = side.tp // kv_heads
-            message = f"tp {side.tp} of {side.name} holds each of the {kv_heads} KV heads {copies} times"
+            token = case.arch.num_layers * kv_heads * case.arch.kv_width * _element(side.spec.kv_dtype)
+            message = (
+                f"tp {side.tp} of {side.name} holds each of the {kv_heads} KV heads {copies} times: "
+                f"{byte_size(copies * token)} a token instead of {byte_size(token)}"
+            )
             yield Finding(side.at(TP), message, f"use tp {kv_heads} or less{_or_cp(side)}")
 
 
