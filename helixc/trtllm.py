@@ -22,6 +22,7 @@ from helixc_runtime.manifest import ModelArch
 # What is about helixc's own memory, placement, weights and kernels says nothing to users of another engine.
 _FOR_BOTH = ("HX0", "HX1", "HX2", "HX3", "HX404", "HX405", "HX9")
 _SAID_OTHERWISE = frozenset(("HX403", "HX406"))  # by HX904 and HX932
+_OF_THEIR_ENGINE = frozenset(("HX914", "HX915", "HX916"))  # not so with helixc
 _EXPERTS = "HX202"
 
 
@@ -48,7 +49,9 @@ def analyse_trtllm(source: Source, purpose: Purpose) -> TrtllmAnalysis:
         findings += checks.run(reading.source, parsed.spec, arch, sizes_known=parsed.sizes_known)
     findings += lints.run(reading.file)
     findings = [f for f in findings if f.code not in _SAID_OTHERWISE]
-    if purpose is Purpose.LINT:
+    if purpose is Purpose.DEPLOY:
+        findings = [f for f in findings if f.code not in _OF_THEIR_ENGINE]
+    else:
         balanced = _has_slots_for_all(reading.file)
         findings = [f for f in findings if f.code.startswith(_FOR_BOTH) and not (balanced and f.code == _EXPERTS)]
     return TrtllmAnalysis(parsed.spec, arch, findings)

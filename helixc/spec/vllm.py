@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 
+from helixc.diagnostics import one_line
 from helixc.spec.trtllm.known_models import builtin_like
 from helixc.spec.vllm_flags import DCP, DP, EP, INTERLEAVE, LEFT_OUT, PCP, PP, TP, Flags, parse
 
@@ -24,7 +25,7 @@ def from_vllm(command: str, model: str) -> str:
 
 
 def _lines(command: str, flags: Flags, model: str) -> Iterator[str]:
-    yield from _comment(f"Translated from vLLM: {' '.join(command.split())}")
+    yield from _comment(f"Translated from vLLM: {one_line(' '.join(command.split()))}")
     tp, dcp, pp = flags.size(TP), flags.size(DCP), flags.size(PP)
     if tp > 1:
         yield "#"

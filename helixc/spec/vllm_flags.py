@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from helixc.diagnostics import closest
+from helixc.diagnostics import closest, one_line
 
 TP, PP, DCP, DP = (
     "tensor-parallel-size",
@@ -126,7 +126,7 @@ def parse(command: str) -> Flags:
         if not word.startswith("-"):
             if "model" in flags.texts:
                 raise VllmError(f"`{word}` stands alone: is a flag missing before it?")
-            flags.texts["model"] = word
+            flags.texts["model"] = one_line(word)
             continue
         name, equals, value = word.partition("=")
         key = _key(name)
@@ -139,7 +139,7 @@ def parse(command: str) -> Flags:
         if key in _SIZES:
             flags.sizes[key] = _size(name, given)
         else:
-            flags.texts[key] = given
+            flags.texts[key] = one_line(given)  # comments quote it
     _check(flags)
     return flags
 

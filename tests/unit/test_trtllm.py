@@ -238,6 +238,10 @@ BATCH = "  max_batch_size: 4"
         ("buffer: 8192", "buffer: 8192, enable_pipelined_transfer: true", "HX913", "true", "leave it out"),
         (", enable_block_reuse: false", "", "HX914", "{tokens_per_block: 32}", "enable_block_reuse: false"),
         ("deepseek-v3-lite", "Llama-3.1-8B", "HX915", "Llama-3.1-8B", "helixc"),
+        ("size: 1\n  context", "size: 2\n  context", "HX916", "2", "release"),
+        (BATCH, "  cuda_graph_config: {enable_padding: true}", "HX916", "true", "release"),
+        (BATCH, "  disable_overlap_scheduler: off", "HX916", "off", "disable_overlap_scheduler: true"),
+        ("parallel_size: 2\n  max_batch", "parallel_size: 64\n  max_batch", "HX916", "64", "release"),
         (CTX_URL, 'urls: ["http://a:8001/v1"]', "HX921", '"http://a:8001/v1"', "`a:8001`"),
         (CTX_URL, 'urls: ["[::1]:8001"]', "HX921", '"[::1]:8001"', "IPv4"),
         (CTX_URL, "urls: [localhost]", "HX921", "localhost", "`localhost:8001`"),
@@ -282,6 +286,22 @@ def test_roles_with_different_models_and_transceivers() -> None:
     assert "HX933" not in {d.code for d in analysed(text).diagnostics}
     finding, at = one(text.replace("UCX", "NIXL", 1), "HX933")
     assert at == "UCX" and "nixl on context_servers" in finding.message
+
+
+def test_what_only_their_engine_does_is_left_out_for_ours() -> None:
+    text = changed(("size: 1\n  context", "size: 2\n  context"), (", enable_block_reuse: false", ""))
+    assert {"HX914", "HX916"} <= {d.code for d in analysed(text, dialect=Dialect.TRTLLM).diagnostics}
+    assert analysed(text).diagnostics == ()
+
+
+def test_prompts_shorter_than_the_shards() -> None:
+    for tokens, is_found in ((96, True), (97, False)):
+        text = f"""benchmark: {{input_length: {tokens}}}
+worker_config:
+  gen: {{context_parallel_size: 4, cp_config: {{cp_type: HELIX, tokens_per_block: 32}}}}
+"""
+        found = [d.message for d in analysed(text, dialect=Dialect.TRTLLM).diagnostics if d.code == "HX916"]
+        assert bool(found) == is_found
 
 
 @pytest.mark.parametrize(

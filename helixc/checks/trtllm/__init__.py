@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from helixc.checks.check import Check
-from helixc.checks.trtllm import features, lengths, names, roles, urls, values
+from helixc.checks.trtllm import features, history, lengths, names, roles, urls, values
 from helixc.diagnostics import Diagnostic, Rule
 from helixc.spec.trtllm import rules as reading
 from helixc.spec.trtllm.servers import TrtllmFile
@@ -14,6 +14,7 @@ CHECKS: tuple[Check[TrtllmFile], ...] = (
     features.features_combine,
     features.reuse_is_off,
     features.model_is_served,
+    history.was_once_wrong,
     urls.urls_parse,
     urls.urls_differ,
     urls.urls_are_counted,
