@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from operator import attrgetter
 
 from helixc_runtime.manifest import Groups, Instance, Plan, Rank, Role
 
-_KINDS = tuple(field.name for field in fields(Groups))
+_groups = attrgetter(*(field.name for field in fields(Groups)))
 # Where a rank runs and what it is called say nothing about what it does.
 _NAMES = frozenset({"rank", "instance", "node", "device", "groups", "memory", "kernels"})
-_TRAITS = tuple(field.name for field in fields(Rank) if field.name not in _NAMES)
+_traits = attrgetter(*(field.name for field in fields(Rank) if field.name not in _NAMES))
 
 
 def distinct(plan: Plan, role: Role) -> tuple[Instance, ...]:
@@ -33,13 +34,8 @@ def label(instance: Instance) -> str:
 
 def _shape(plan: Plan, instance: Instance) -> tuple[object, ...]:
     """All that decides what an instance's ranks do, its ranks counted from its own first."""
-    first = instance.ranks[0]
+    relative = (-instance.ranks[0]).__add__
     sizes = (instance.tp, instance.cp, instance.pp, instance.moe_tp, instance.moe_ep, instance.attention_dp)
-    ranks = [
-        (
-            *(getattr(rank, trait) for trait in _TRAITS),
-            *(tuple([member - first for member in getattr(rank.groups, kind)]) for kind in _KINDS),
-        )
-        for rank in members(plan, instance)
-    ]
-    return (*sizes, instance.max_batch_size, tuple([rank - first for rank in instance.ranks]), *ranks)
+    ranks = members(plan, instance)
+    groups = [tuple(map(relative, group)) for rank in ranks for group in _groups(rank.groups)]
+    return (*sizes, instance.max_batch_size, tuple(map(relative, instance.ranks)), *map(_traits, ranks), *groups)

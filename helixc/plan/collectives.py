@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 
 from helixc.plan.alike import distinct, label, members
 from helixc.plan.rendezvous import Op, Program, flaws
@@ -22,20 +23,17 @@ TOKEN_ID_BYTES = 8
 
 def collectives(plan: Plan) -> Iterator[str]:
     """Every group's members agree on the order of what they issue, and every message has both its ends."""
-    for instance in distinct(plan, "context"):
+    contexts, generations = (distinct(plan, role) for role in ("context", "generation"))
+    for instance in contexts:
         programs = {rank.rank: prefill(plan, instance, rank) for rank in members(plan, instance)}
         yield from (f"{label(instance)}, prefill: {flaw}" for flaw in flaws(programs))
-    for source in distinct(plan, "context"):
-        for target in distinct(plan, "generation"):
-            for moved in by_request(plan, source, target):
-                yield from (f"handoff: {flaw}" for flaw in flaws(handoff(plan, source, target, moved)))
-    for instance in distinct(plan, "generation"):
-        for active in _batches(instance):
-            programs = {
-                rank.rank: decode_step(plan, instance, rank, attends=rank.tp_rank in active)
-                for rank in members(plan, instance)
-            }
-            yield from (f"{label(instance)}, decode: {flaw}" for flaw in flaws(programs))
+    for source, target in product(contexts, generations):
+        for moved in by_request(plan, source, target):
+            yield from (f"handoff: {flaw}" for flaw in flaws(handoff(plan, source, target, moved)))
+    for instance in generations:
+        yield from (f"{label(instance)}, decode: {flaw}" for flaw in _absent(plan, instance))
+        programs = {rank.rank: decode_step(plan, instance, rank) for rank in members(plan, instance)}
+        yield from (f"{label(instance)}, decode: {flaw}" for flaw in flaws(programs))
 
 
 def prefill(plan: Plan, instance: Instance, rank: Rank) -> Program:
@@ -143,18 +141,13 @@ def _group(kind: str, ranks: tuple[int, ...], size: int, what: str) -> Iterator[
         yield Op(kind, ranks, size, what)  # type: ignore[arg-type]
 
 
-# --- Cases that stand for all -----------------------------------------------------------------------------------
+def _absent(plan: Plan, instance: Instance) -> Iterator[str]:
+    """Under attention dp any of the dp ranks may have no row in a step, and then skips the exchange.
 
-
-def _batches(instance: Instance) -> Iterator[frozenset[int]]:
-    """Sets of the tp ranks that have rows in a step.
-
-    Under attention dp any set can occur. A rank's order depends on whether it has rows itself, so what has to hold is
-    that two members of a group never differ: for any two tp ranks one of these sets holds just one of them.
+    If all of its group skip together, the step is the one with all rows less some whole operations, and ends if that
+    ends.
     """
-    everybody = frozenset(range(instance.tp))
-    yield everybody
-    if instance.attention_dp:
-        for bit in range((instance.tp - 1).bit_length()):
-            yield frozenset(t for t in everybody if t >> bit & 1)
-        yield frozenset()
+    for rank in members(plan, instance) if instance.attention_dp else ():
+        for member in rank.groups.cp:
+            if plan.ranks[member].tp_rank != rank.tp_rank:
+                yield f"rank {rank.rank} exchanges with rank {member}, which skips it where only the other has rows"

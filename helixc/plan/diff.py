@@ -116,7 +116,7 @@ class Diff:
     @property
     def alike(self) -> bool:
         """Whether nothing at all would change."""
-        parts = (*self.roles, *self.ranks)
+        parts: tuple[RoleChange | RankChange, ...] = (*self.roles, *self.ranks)
         return self.same_model and not self.freed and self.kv.moved == 0 and all(part.alike for part in parts)
 
 

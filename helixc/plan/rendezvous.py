@@ -52,7 +52,8 @@ class _Run:
         self.programs = programs
         self.at = dict.fromkeys(programs, 0)
         self.ready = deque(programs)
-        self.arrived: dict[tuple[int, ...], list[int]] = defaultdict(list)  # by group
+        self.teams = _Teams()
+        self.arrived: dict[int, list[int]] = defaultdict(list)  # by group
         self.messages: dict[tuple[Kind, tuple[int, ...]], int] = {}  # who waits to send or receive, by (kind, pair)
         self.mailbox: dict[tuple[int, ...], deque[Op]] = defaultdict(deque)  # posted, by pair
         self.takers: dict[tuple[int, ...], int] = {}
@@ -75,7 +76,7 @@ class _Run:
     def _advance(self, rank: int) -> None:
         """Run `rank` until it has to wait, or its program ends."""
         while (op := self._op(rank)) is not None and not self.found:
-            if not _takes_part(rank, op):
+            if not self._takes_part(rank, op):
                 self.found.append(f"rank {rank} takes no part in the {op} it issues")
             elif op.kind == "post":
                 self.mailbox[op.ranks].append(op)
@@ -114,9 +115,10 @@ class _Run:
                 self.messages[op.kind, op.ranks] = rank
                 return None
             return [partner, rank]
-        waiting = self.arrived[op.ranks]
+        team = self.teams.number(op.ranks)
+        waiting = self.arrived[team]
         waiting.append(rank)
-        return self.arrived.pop(op.ranks) if len(waiting) == len(op.ranks) else None
+        return self.arrived.pop(team) if len(waiting) == len(op.ranks) else None
 
     def _agree(self, op: Op, other: Op) -> None:
         same_kind = op.kind == other.kind or {op.kind, other.kind} in ({"send", "recv"}, {"post", "take"})
@@ -149,15 +151,38 @@ class _Run:
         """A rank that `op` waits for."""
         if op.kind in ("send", "recv", "take"):
             return op.ranks[1] if op.kind == "send" else op.ranks[0]
-        return next((r for r in op.ranks if r not in self.arrived[op.ranks]), None)
+        there = self.arrived[self.teams.number(op.ranks)]
+        return next((r for r in op.ranks if r not in there), None)
+
+    def _takes_part(self, rank: int, op: Op) -> bool:
+        if op.kind in ("send", "post"):
+            return rank == op.ranks[0] != op.ranks[1]
+        if op.kind in ("recv", "take"):
+            return rank == op.ranks[1] != op.ranks[0]
+        return rank in self.teams.members(op.ranks)
 
 
-def _takes_part(rank: int, op: Op) -> bool:
-    if op.kind in ("send", "post"):
-        return rank == op.ranks[0] != op.ranks[1]
-    if op.kind in ("recv", "take"):
-        return rank == op.ranks[1] != op.ranks[0]
-    return rank in op.ranks and len(set(op.ranks)) == len(op.ranks)
+class _Teams:
+    """Groups by a number each: hashing the tuple of a large group at every operation would cost more than the rest."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[int, ...], int] = {}
+        self._members: list[frozenset[int]] = []
+        self._seen: dict[int, tuple[int, tuple[int, ...]]] = {}  # by the tuple's id, which the tuple here keeps alive
+
+    def number(self, ranks: tuple[int, ...]) -> int:
+        """The same for equal tuples."""
+        seen = self._seen.get(id(ranks))
+        if seen is None:
+            seen = self._numbers.setdefault(ranks, len(self._numbers)), ranks
+            self._seen[id(ranks)] = seen
+            if seen[0] == len(self._members):
+                self._members.append(frozenset(ranks) if len({*ranks}) == len(ranks) else frozenset())
+        return seen[0]
+
+    def members(self, ranks: tuple[int, ...]) -> frozenset[int]:
+        """The ranks of a group; nobody if one is named twice."""
+        return self._members[self.number(ranks)]
 
 
 def _full(op: Op) -> str:

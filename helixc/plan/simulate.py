@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import product, zip_longest
 
 from helixc.plan.alike import distinct, label, members
 from helixc.plan.collectives import by_request
@@ -38,12 +38,11 @@ class Worker:
 
 def simulate(plan: Plan) -> Iterator[str]:
     """What is wrong with the results of a step of any instance, and with the cache it starts from."""
-    for role in ("context", "generation"):
-        for instance in distinct(plan, role):
-            yield from (f"{label(instance)}: {flaw}" for flaw in _instance(plan, instance))
-    for source in distinct(plan, "context"):
-        for target in distinct(plan, "generation"):
-            yield from _handoff(plan, source, target)
+    contexts, generations = (distinct(plan, role) for role in ("context", "generation"))
+    for instance in (*contexts, *generations):
+        yield from (f"{label(instance)}: {flaw}" for flaw in _instance(plan, instance))
+    for source, target in product(contexts, generations):
+        yield from _handoff(plan, source, target)
 
 
 def _instance(plan: Plan, instance: Instance) -> Iterator[str]:

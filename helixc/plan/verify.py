@@ -90,7 +90,7 @@ def _references(plan: Plan) -> Iterator[str]:
     for rank in plan.ranks:
         for kind in (field.name for field in fields(Groups)):
             group = getattr(rank.groups, kind)
-            if any(not 0 <= member < count for member in group):
+            if not group or min(group) < 0 or max(group) >= count:
                 yield f"rank {rank.rank} has the {kind} group {group}"
     for number, shard in enumerate(plan.shards):
         for piece in shard:

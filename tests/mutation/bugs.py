@@ -150,6 +150,12 @@ GROUPS = (
             plan
         ),
     ),
+    Bug(
+        "an exchange across data-parallel ranks, which skip it one by one",
+        "collectives",
+        groups_by(lambda _, r: replace(r.groups, cp=r.groups.tp)),
+        "dp",
+    ),
     Bug("a group member that does not exist", "references", on_groups(4, pp=(4, 99))),
 )
 
