@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from helixc.build import make_plan
 from helixc.diagnostics import Severity
 from helixc.frontend import Analysis, analyse_input
 from helixc.inputs import read_input
@@ -122,3 +123,22 @@ def test_spans_are_where_the_words_are(row: Row) -> None:
 def test_keys_for_the_other_engine_are_notes_only_when_helixc_is_to_run_it(row: Row) -> None:
     linted = {d.code for d in read(row, Dialect.TRTLLM).diagnostics}
     assert not linted & {"HX901", "HX905"}
+
+
+def test_most_files_can_be_planned_as_they_are() -> None:
+    """All but workers' files, models that helixc has no geometry of, and experts that do not divide."""
+    planned = 0
+    for row in ROWS:
+        analysis = read(row)
+        if analysis.ok and analysis.is_whole:
+            assert analysis.spec is not None and analysis.arch is not None
+            plan = make_plan(analysis.spec, analysis.arch, ("sm_90a",))
+            roles = [(row.context, "context"), (row.generation, "generation")]
+            expected = {role: instances(sizes) for sizes, role in roles if instances(sizes)}
+            assert {r: sum(i.role == r for i in plan.instances) for r in expected} == expected
+            planned += 1
+    assert planned >= 50
+
+
+def instances(sizes: str) -> int:
+    return wanted(sizes).get("x", 0)
