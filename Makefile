@@ -14,7 +14,7 @@ SMOLLM2 := checkpoints/smollm2-135m-instruct/config.json
 TINY := checkpoints/tiny-deepseek-v3-lite/config.json checkpoints/tiny-qwen3-moe/config.json
 export PROMPT
 
-.PHONY: help run test check fmt golden gpu-test setup bench-report examples
+.PHONY: help run test check fmt golden gpu-test setup bench-report examples fuzz
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -36,8 +36,11 @@ fmt: $(VENV)/.installed-dev ## format, and fix what the linter can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-golden: $(VENV)/.installed-dev ## rewrite the expected plans and kernels under tests/golden; review the diff
-	HELIXC_UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/golden
+golden: $(VENV)/.installed-dev ## rewrite the expected plans, kernels and outputs in docs/; review the diff
+	HELIXC_UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/golden tests/docs/test_error_pages.py tests/docs/test_mistakes.py
+
+fuzz: $(VENV)/.installed-dev ## 100,000 mutated deployment files through the checker; FILES=N for another number
+	nice $(BIN)/python -m tests.fuzz --files $(or $(FILES),100000)
 
 gpu-test: ## the tests that need a GPU, with $(PYTHON)'s own packages
 	PYTHONPATH=.:runtime $(PYTHON) -m pytest -m gpu tests/gpu

@@ -37,7 +37,8 @@ def _escaped(text: str, more: str) -> str:
 
 
 def _whole_message(diagnostic: Diagnostic) -> str:
-    return f"{diagnostic.message}\nhelp: {diagnostic.help}" if diagnostic.help else diagnostic.message
+    help = (f"help: {diagnostic.help}",) if diagnostic.help else ()
+    return "\n".join((diagnostic.message, *diagnostic.notes, *help))
 
 
 def as_sarif(diagnostics: Sequence[Diagnostic], rules: Sequence[Rule], version: str) -> str:

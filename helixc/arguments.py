@@ -6,10 +6,13 @@ import argparse
 from pathlib import Path
 
 from helixc import __version__
+from helixc.hardware import GPUS
 
-ARCHES = ("sm_90a", "sm_100a")
+ARCHES = ("sm_90a", "sm_100a", "sm_103a")
+GPU_NAMES = tuple(GPUS)
 DIAGNOSTIC_FORMATS = ("text", "json", "github", "sarif")
 DATA_FORMATS = ("text", "json")
+DIALECTS = ("auto", "helixc", "trtllm")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,31 +24,67 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     _check(verbs.add_parser("check", help="report everything that is wrong with deployment files"))
     _compile(verbs.add_parser("compile", help="write the artifact: the plan and the compiled kernels"))
-    _plan(verbs.add_parser("plan", help="print the plan, as it will run"))
+    _plan(verbs.add_parser("plan", help="print the plan, as it will run, or the difference of two"))
     _launch(verbs.add_parser("launch", help="run the deployment on this machine"))
     _explain(verbs.add_parser("explain", help="explain the code of a finding, such as HX301"))
+    _init(verbs.add_parser("init", help="write a commented deployment file to start from"))
+    verbs.add_parser("schema", help="print the JSON Schema of deployment files, for editors")
     return top
 
 
 def _check(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("files", nargs="+", metavar="FILE", help="deployment files")
-    verb.add_argument("--format", choices=DIAGNOSTIC_FORMATS, default="text", help="default: %(default)s")
+    verb.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="deployment files, patterns such as 'configs/**/*.yaml', or - for stdin",
+    )
+    verb.add_argument("--strict", action="store_true", help="warnings are errors")
+    verb.add_argument("--format", choices=DIAGNOSTIC_FORMATS, help="default: text; github under GitHub Actions")
+    verb.add_argument(
+        "--dialect",
+        choices=DIALECTS,
+        default="auto",
+        help="whose files they are; trtllm lints for TensorRT-LLM's users",
+    )
 
 
 def _compile(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("file", type=Path, metavar="FILE", help="deployment file")
     verb.add_argument("-o", "--output", type=Path, metavar="DIR", help="the artifact's folder")
-    verb.add_argument("--arch", action="append", choices=ARCHES, help="GPU architecture, repeatable; default: sm_90a")
+    verb.add_argument(
+        "--arch",
+        action="append",
+        choices=ARCHES,
+        help="GPU architecture, repeatable; default: that of hardware.gpu, or sm_90a",
+    )
     verb.add_argument("--format", choices=DATA_FORMATS, default="text", help="default: %(default)s")
 
 
 def _plan(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("path", type=Path, metavar="FILE|DIR", help="deployment file or artifact")
+    verb.add_argument("other", type=Path, nargs="?", metavar="FILE|DIR", help="another: print what changes on the way")
     verb.add_argument("--format", choices=DATA_FORMATS, default="text", help="default: %(default)s")
 
 
 def _explain(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("code", metavar="CODE")
+
+
+def _init(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "file", nargs="?", default="deployment.yaml", metavar="FILE", help="default: %(default)s; - prints"
+    )
+    verb.add_argument("--model", default="llama-3.1-8b", help="folder or built-in geometry; default: %(default)s")
+    verb.add_argument(
+        "--from-vllm", metavar="FLAGS", help="translate the flags of `vllm serve`, quoted as one text: '-tp 8 -dcp 8'"
+    )
+    verb.add_argument("--gpus", type=_count, metavar="N", help="GPUs of the generation instance; sizes follow from it")
+    verb.add_argument("--gen", metavar="SIZES", help="sizes of the generation instances, such as 'tp2 cp4 ep8'")
+    verb.add_argument("--ctx", metavar="SIZES", help="sizes of the context instances, such as '2x tp4'")
+    verb.add_argument("--gpu", choices=GPU_NAMES, help="kind of GPU, so that memory and links are checked")
+    verb.add_argument("--max-seq-len", type=_count, metavar="N", help="prompt and generated tokens of one request")
+    verb.add_argument("--max-batch-size", type=_count, default=8, metavar="N", help="default: %(default)s")
 
 
 def _launch(verb: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -41,47 +42,69 @@ def _accept_any_text() -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     from helixc import annotations, report
-    from helixc.frontend import all_rules, analyse
+    from helixc.diagnostics import has_errors, strictly
+    from helixc.frontend import all_rules, analyse_input
+    from helixc.inputs import inputs
+    from helixc.spec.trtllm.dialect import Dialect
 
-    analyses = [analyse(file) for file in dict.fromkeys(arguments.files)]
+    dialect = Dialect(arguments.dialect)
+    analyses = [analyse_input(given, dialect) for given in inputs(arguments.files)]
     found = [diagnostic for analysis in analyses for diagnostic in analysis.diagnostics]
-    if arguments.format == "text":
-        report.print_findings(analyses)
+    if arguments.strict:
+        found = strictly(found)
+    format = arguments.format or default_format()
+    if format == "text":
+        report.print_findings(found, analyses)
         print(report.summary(found, len(analyses)))
-    elif arguments.format == "json":
+    elif format == "json":
         sys.stdout.write(report.as_json(found))
-    elif arguments.format == "github":
+    elif format == "github":
         sys.stdout.write(annotations.as_github(found))
     else:
         sys.stdout.write(annotations.as_sarif(found, all_rules(), __version__))
-    return OK if all(analysis.ok for analysis in analyses) else FINDINGS
+    return FINDINGS if has_errors(found) else OK
+
+
+def default_format() -> str:
+    """Annotations where GitHub Actions reads the output, else text."""
+    return "github" if os.environ.get("GITHUB_ACTIONS") == "true" else "text"
 
 
 def _explain(arguments: argparse.Namespace) -> int:
     from helixc.diagnostics import closest
+    from helixc.error_pages import page
     from helixc.frontend import all_rules
 
-    rules = {rule.code: rule for rule in all_rules()}
-    rule = rules.get(arguments.code.upper())
-    if rule is None:
-        meant = closest(arguments.code, rules)
-        hint = f"did you mean {meant}?" if meant else f"the codes are {', '.join(rules)}"
+    codes = [rule.code for rule in all_rules()]
+    code = arguments.code.upper()
+    if code not in codes:
+        meant = closest(code, codes)
+        hint = f"did you mean {meant}?" if meant else f"the codes are {', '.join(codes)}"
         print(f"helixc explain: there is no code {arguments.code}; {hint}", file=sys.stderr)
         return USAGE
-    print(f"{rule.code} ({rule.severity.value}): {rule.title}\n\n{rule.explanation}")
+    sys.stdout.write(page(code))
+    return OK
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    from helixc.spec.json_schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
     return OK
 
 
 def _compile(arguments: argparse.Namespace) -> int:
     from helixc.commands import compile_file
 
-    arches = tuple(dict.fromkeys(arguments.arch or ("sm_90a",)))
+    arches = tuple(dict.fromkeys(arguments.arch or ()))
     return compile_file(arguments.file, arguments.output, arches, arguments.format)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from helixc.commands import plan_path
+    from helixc.commands import plan_difference, plan_path
 
+    if arguments.other is not None:
+        return plan_difference(arguments.path, arguments.other, arguments.format)
     return plan_path(arguments.path, arguments.format)
 
 
@@ -116,4 +139,29 @@ def _launch(arguments: argparse.Namespace) -> int:
     return launch(artifact, options)
 
 
-_VERBS = {"check": _check, "compile": _compile, "plan": _plan, "launch": _launch, "explain": _explain}
+def _init(arguments: argparse.Namespace) -> int:
+    from helixc.init import Wishes, start, start_from_vllm
+
+    if arguments.from_vllm is not None:
+        return start_from_vllm(arguments.from_vllm, arguments.model, arguments.file)
+    wishes = Wishes(
+        model=arguments.model,
+        context=arguments.ctx,
+        generation=arguments.gen,
+        gpu=arguments.gpu,
+        gpus=arguments.gpus,
+        max_seq_len=arguments.max_seq_len,
+        max_batch_size=arguments.max_batch_size,
+    )
+    return start(wishes, arguments.file)
+
+
+_VERBS = {
+    "check": _check,
+    "compile": _compile,
+    "plan": _plan,
+    "launch": _launch,
+    "explain": _explain,
+    "init": _init,
+    "schema": _schema,
+}

@@ -14,6 +14,7 @@ from helixc.codegen.build import Cubin
 from helixc.codegen.nvrtc import CompileError, NvrtcMissing
 from helixc.codegen.render import RenderError
 from helixc.frontend import Analysis, analyse
+from helixc.hardware import GPUS
 from helixc.plan.show import to_text
 from helixc.report import as_json, print_findings
 from helixc.spec.spec import Spec
@@ -39,17 +40,21 @@ class BuildFailure(Exception):
 
 
 def compile_file(file: Path, output: Path | None, arches: tuple[str, ...], format: str) -> int:
-    """`helixc compile`. Returns the exit code: 1 with findings, 2 if the artifact cannot be made here."""
+    """`helixc compile`, without `arches` for the deployment's own GPUs.
+
+    Returns the exit code: 1 with findings, 2 if the artifact cannot be made here.
+    """
     analysis = analyse(file)
     checked = _checked(analysis)
     if checked is None:
         if format == "json":
             print(json.dumps({"artifact": None, "diagnostics": json.loads(as_json(analysis.diagnostics))}))
         else:
-            print_findings([analysis])
+            print_findings(analysis.diagnostics, [analysis])
         return 1
     if format == "text":
-        print_findings([analysis])
+        print_findings(analysis.diagnostics, [analysis])
+    arches = arches or _arches(checked.spec, (DEFAULT_ARCH,))
     try:
         plan = make_plan(checked.spec, checked.arch, arches)
         directory = output or Path("artifacts", plan.name)
@@ -63,41 +68,63 @@ def compile_file(file: Path, output: Path | None, arches: tuple[str, ...], forma
 
 def plan_path(path: Path, format: str) -> int:
     """`helixc plan` of a deployment file or an artifact. Returns the exit code."""
+    plan = _plan_at(path)
+    if isinstance(plan, int):
+        return plan
+    sys.stdout.write(to_json(plan) if format == "json" else to_text(plan))
+    return 0
+
+
+def plan_difference(before: Path, after: Path, format: str) -> int:
+    """`helixc plan A B`: what changes from one deployment to the other. Returns the exit code."""
+    from helixc.plan import show_diff
+    from helixc.plan.diff import compare
+
+    plans = [_plan_at(path) for path in (before, after)]
+    failed = [plan for plan in plans if isinstance(plan, int)]
+    if failed:
+        return max(failed)
+    a, b = (plan for plan in plans if isinstance(plan, Plan))
+    diff = compare(a, b)
+    sys.stdout.write(to_json(diff) if format == "json" else show_diff.to_text(diff))
+    return 0
+
+
+def _plan_at(path: Path) -> Plan | int:
+    """The plan of a deployment file or an artifact, or the exit code after saying why there is none."""
     if path.is_dir():
         try:
-            plan = load(path).plan
+            return load(path).plan
         except ArtifactError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    else:
-        analysis = analyse(path)
-        print_findings([analysis], sys.stderr)
-        checked = _checked(analysis)
-        if checked is None:
-            return 1
-        try:
-            plan = _plan(checked, (DEFAULT_ARCH,))
-        except BuildFailure as failure:
-            print(f"error: {failure}", file=sys.stderr)
-            return 2
-    sys.stdout.write(to_json(plan) if format == "json" else to_text(plan))
-    return 0
+    analysis = analyse(path)
+    print_findings(analysis.diagnostics, [analysis], sys.stderr)
+    checked = _checked(analysis)
+    if checked is None:
+        return 1
+    try:
+        return _plan(checked, _arches(checked.spec, (DEFAULT_ARCH,)))
+    except BuildFailure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return 2
 
 
 def artifact_for_launch(file: Path, *, needs_kernels: bool) -> Path | int:
     """Compile `file` under .helixc/artifacts, unless it stands there already. The directory, or the exit code."""
     analysis = analyse(file)
-    print_findings([analysis], sys.stderr)
+    print_findings(analysis.diagnostics, [analysis], sys.stderr)
     checked = _checked(analysis)
     if checked is None:
         return 1
     try:
-        plan = _plan(checked, EVERY_ARCH)
+        arches = _arches(checked.spec, EVERY_ARCH)
+        plan = _plan(checked, arches)
         key = hashlib.sha256((to_json(plan) + checked.text).encode()).hexdigest()[:12]
         directory = Path(".helixc", "artifacts", f"{plan.name}-{key}")
         if not _stands(directory):
             try:
-                _build(checked, directory, EVERY_ARCH)
+                _build(checked, directory, arches)
             except NvrtcMissing as missing:
                 if needs_kernels:
                     raise BuildFailure(str(missing)) from None
@@ -112,8 +139,17 @@ def artifact_for_launch(file: Path, *, needs_kernels: bool) -> Path | int:
 def _checked(analysis: Analysis) -> Checked | None:
     if not analysis.ok:
         return None
+    if not analysis.is_whole:
+        what = "describes one worker only, or a model whose geometry is not known"
+        print(f"error: nothing can be built from {analysis.file}: it {what}", file=sys.stderr)
+        return None
     assert analysis.spec and analysis.arch and analysis.source
     return Checked(analysis.spec, analysis.arch, analysis.source.text)
+
+
+def _arches(spec: Spec, otherwise: tuple[str, ...]) -> tuple[str, ...]:
+    """What to compile kernels for: the deployment's GPUs where it names them."""
+    return (GPUS[spec.hardware.gpu].arch,) if spec.hardware.gpu else otherwise
 
 
 def _stands(directory: Path) -> bool:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import StrEnum
+
+_LINE_BREAKS = re.compile(r"\s*[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]\s*")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Severity(StrEnum):
@@ -39,7 +43,7 @@ class Related:
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One finding. `help` is the way out."""
+    """One finding. `help` is the way out; `notes` are lines with the numbers behind it, such as a table."""
 
     code: str
     severity: Severity
@@ -47,6 +51,7 @@ class Diagnostic:
     span: Span
     help: str | None = None
     related: tuple[Related, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +63,31 @@ class Rule:
     title: str
     explanation: str
 
-    def at(self, span: Span, message: str, help: str | None = None, related: Iterable[Related] = ()) -> Diagnostic:
-        """The finding of this rule at `span`."""
-        return Diagnostic(self.code, self.severity, message, span, help, tuple(related))
+    def at(
+        self,
+        span: Span,
+        message: str,
+        help: str | None = None,
+        related: Iterable[Related] = (),
+        notes: Iterable[str] = (),
+    ) -> Diagnostic:
+        """The finding of this rule at `span`. Message and help become one line each, whatever values they quote."""
+        message, help = one_line(message), one_line(help) if help else help
+        return Diagnostic(self.code, self.severity, message, span, help, tuple(related), tuple(notes))
+
+
+def one_line(text: str) -> str:
+    """`text` with a space for every line break, and without control characters, which could drive a terminal."""
+    return text if text.isprintable() else _CONTROL.sub("\N{REPLACEMENT CHARACTER}", _LINE_BREAKS.sub(" ", text))
 
 
 def has_errors(diagnostics: Iterable[Diagnostic]) -> bool:
     return any(d.severity is Severity.ERROR for d in diagnostics)
+
+
+def strictly(diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:
+    """The same findings with every warning as an error; notes stay notes."""
+    return [replace(d, severity=Severity.ERROR) if d.severity is Severity.WARNING else d for d in diagnostics]
 
 
 def in_file_order(diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:

@@ -30,10 +30,11 @@ def coloured(text: str, style: str) -> str:
     return f"\x1b[{style}m{text}\x1b[0m"
 
 
-def print_findings(analyses: Sequence[Analysis], stream: TextIO | None = None) -> None:
-    """Print the findings of all files as text on `stream` (None: stdout), in colour on a terminal."""
+def print_findings(
+    diagnostics: Sequence[Diagnostic], analyses: Sequence[Analysis], stream: TextIO | None = None
+) -> None:
+    """Print `diagnostics` of the files of `analyses` as text on `stream` (None: stdout), in colour on a terminal."""
     stream = stream or sys.stdout
-    diagnostics = [diagnostic for analysis in analyses for diagnostic in analysis.diagnostics]
     texts = {analysis.file: analysis.text for analysis in analyses}
     if diagnostics:
         colour = stream.isatty() and "NO_COLOR" not in os.environ
@@ -62,6 +63,7 @@ def _finding(diagnostic: Diagnostic, lines: Mapping[str, list[str]], paint: Pain
     parts = [f"{head}: {paint(diagnostic.message, '1')}", *_excerpt(diagnostic.span, "", lines, style, paint)]
     for related in diagnostic.related:
         parts += _excerpt(related.span, related.message, lines, "1;34", paint)
+    parts += [f"    {note}" for note in diagnostic.notes]
     if diagnostic.help:
         parts.append(f"  {paint('= help', '1;36')}: {diagnostic.help}")
     return "\n".join(parts) + "\n"
@@ -97,19 +99,27 @@ def _printable(text: str) -> str:
 
 
 def as_json(diagnostics: Sequence[Diagnostic]) -> str:
-    """An array of objects, lines and columns from 1; `help` may be null."""
+    """An array of objects, lines and columns from 1; `help` may be null, `related` and `notes` empty."""
     found = [
         {
             "code": d.code,
             "severity": d.severity.value,
             "message": d.message,
-            "file": d.span.file,
-            "line": d.span.line,
-            "column": d.span.column,
-            "end_line": d.span.end_line,
-            "end_column": d.span.end_column,
+            **_place(d.span),
             "help": d.help,
+            "related": [{"message": r.message, **_place(r.span)} for r in d.related],
+            "notes": list(d.notes),
         }
         for d in diagnostics
     ]
     return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+
+
+def _place(span: Span) -> dict[str, str | int]:
+    return {
+        "file": span.file,
+        "line": span.line,
+        "column": span.column,
+        "end_line": span.end_line,
+        "end_column": span.end_column,
+    }

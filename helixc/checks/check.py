@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from helixc.checks.case import Case
 from helixc.diagnostics import Diagnostic, Related, Rule, Severity, Span
 
-CaseT = TypeVar("CaseT", bound=Case)
+CaseT = TypeVar("CaseT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +20,7 @@ class Finding:
     message: str
     help: str
     related: tuple[Related, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Check(Generic[CaseT]):
     find: Callable[[CaseT], Iterable[Finding]]
 
     def run(self, case: CaseT) -> list[Diagnostic]:
-        return [self.rule.at(f.span, f.message, f.help, f.related) for f in self.find(case)]
+        return [self.rule.at(f.span, f.message, f.help, f.related, f.notes) for f in self.find(case)]
 
 
 def _check(code: str, severity: Severity) -> Callable[[Callable[[CaseT], Iterable[Finding]]], Check[CaseT]]:
@@ -46,6 +46,11 @@ def _check(code: str, severity: Severity) -> Callable[[Callable[[CaseT], Iterabl
 def error(code: str) -> Callable[[Callable[[CaseT], Iterable[Finding]]], Check[CaseT]]:
     """Make a function a check whose findings stop the compilation."""
     return _check(code, Severity.ERROR)
+
+
+def note(code: str) -> Callable[[Callable[[CaseT], Iterable[Finding]]], Check[CaseT]]:
+    """Make a function a check whose findings change nothing."""
+    return _check(code, Severity.NOTE)
 
 
 def warning(code: str) -> Callable[[Callable[[CaseT], Iterable[Finding]]], Check[CaseT]]:

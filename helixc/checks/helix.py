@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from helixc.checks.case import CP, TP, Case, ModelCase, Side
 from helixc.checks.check import Finding, error, warning
-from helixc.diagnostics import divisors, listed
+from helixc.diagnostics import counted, divisors, listed
+from helixc.hardware import GPUS, NETWORK_LATENCY, NVLINK_LATENCY, Gpu
 from helixc.spec.agreement import value_at
 from helixc.spec.source import KeyPath
+from helixc.table import byte_size
+from helixc_runtime.manifest import DTYPE_BYTES, ModelArch
 
 
 @error("HX301")
@@ -48,6 +52,8 @@ def context_has_no_cp(case: Case) -> Iterator[Finding]:
         cp = side.spec.context_parallel_size
         if side.role == "context" and cp > 1:
             help = "context instances have cp 1; give context_parallel_size to generation_servers only"
+            if (CP,) in case.source.spans and case.origins.path("context", CP) == (CP,):
+                help = f"move `{CP}: {cp}` into generation_servers: at the top level it holds for both"
             yield Finding(side.at(CP), f"context_servers cannot have context_parallel_size {cp}", help)
 
 
@@ -93,7 +99,11 @@ def kv_heads_are_duplicated(case: ModelCase) -> Iterator[Finding]:
     for side in _sides_that_split_heads(case):
         if side.tp > kv_heads and side.tp % kv_heads == 0:
             copies = side.tp // kv_heads
-            message = f"tp {side.tp} of {side.name} holds each of the {kv_heads} KV heads {copies} times"
+            token = case.arch.num_layers * kv_heads * case.arch.kv_width * _element(side.spec.kv_dtype)
+            message = (
+                f"tp {side.tp} of {side.name} holds each of the {kv_heads} KV heads {copies} times: "
+                f"{byte_size(copies * token)} a token instead of {byte_size(token)}"
+            )
             yield Finding(side.at(TP), message, f"use tp {kv_heads} or less{_or_cp(side)}")
 
 
@@ -103,3 +113,71 @@ def _sides_that_split_heads(case: ModelCase) -> Iterator[Side]:
 
 def _or_cp(side: Side) -> str:
     return ", and split the KV cache by context_parallel_size" if side.role == "generation" else ""
+
+
+@warning("HX306")
+def shards_have_blocks(case: Case) -> Iterator[Finding]:
+    """Even the longest request gives a cp rank one block or none.
+
+    Tokens are dealt out in blocks of tokens_per_block. A request of max_seq_len tokens has ceil(max_seq_len /
+    tokens_per_block) blocks; where that is no more than cp, each rank attends over a single block or over nothing,
+    and the exchange costs more than it saves.
+    """
+    for side in case.sides:
+        length, block = side.spec.max_seq_len, side.spec.tokens_per_block
+        if side.cp == 1 or length is None or (blocks := -(-length // block)) > side.cp:
+            continue
+        idle = f", {side.cp - blocks} of them with none" if blocks < side.cp else ""
+        message = f"max_seq_len {length} is {counted(blocks, 'block')} of {block} tokens for {side.cp} cp ranks{idle}"
+        fitting = [c for c in divisors(side.cp) if c < blocks]
+        help = f"use a context_parallel_size of {max(fitting, default=1)} or less, or a smaller tokens_per_block"
+        yield Finding(side.at(CP), message, help, side.related("the longest request", "max_seq_len", side.at(CP)))
+
+
+@warning("HX307")
+def helix_pays(case: ModelCase) -> Iterator[Finding]:
+    """Requests are too short for context parallelism to pay.
+
+    With cp ranks each reads 1 / cp of the KV cache, which saves time in proportion to the length; the exchange of the
+    partials costs the same at any length. The estimate compares the two for one layer of one decode step at
+    max_batch_size, with the peak figures of `hardware: {gpu: ...}` and an assumed latency of the exchange
+    (docs/hardware.md). Below the length where they are equal, the same ranks are better used as tp or as instances.
+    """
+    gpu = GPUS.get(case.spec.hardware.gpu or "")
+    if gpu is None:
+        return
+    for side in case.sides:
+        length = side.spec.max_seq_len
+        if side.cp == 1 or length is None:
+            continue
+        saved, cost = _saved_a_token(side, case.arch, gpu), _exchange_time(side, case.arch, gpu)
+        if length * saved < cost:
+            message = (
+                f"at max_seq_len {length:,}, cp {side.cp} saves {length * saved * 1e6:.1f} us of KV reading a layer "
+                f"and costs {cost * 1e6:.1f} us of exchange"
+            )
+            help = f"by this estimate cp pays from {math.ceil(cost / saved):,} tokens on; use fewer cp ranks, or none"
+            related = side.related("the longest request", "max_seq_len", side.at(CP))
+            yield Finding(side.at(CP), message, help, related)
+
+
+def _saved_a_token(side: Side, arch: ModelArch, gpu: Gpu) -> float:
+    """Seconds a layer that cp saves for every token of length, at max_batch_size on one rank."""
+    tp = 1 if side.spec.enable_attention_dp else side.tp
+    kv_heads = max(1, arch.num_kv_heads // tp)
+    read = side.spec.max_batch_size * kv_heads * arch.kv_width * _element(side.spec.kv_dtype)
+    return read * (1 - 1 / side.cp) / gpu.bandwidth
+
+
+def _exchange_time(side: Side, arch: ModelArch, gpu: Gpu) -> float:
+    """Seconds a layer that a rank takes to send partials and their LSE to the other ranks of its cp group."""
+    tp = 1 if side.spec.enable_attention_dp else side.tp
+    partials = side.spec.max_batch_size * arch.num_heads / tp * (arch.partial_dim * 2 + 4)
+    inside = side.cp <= gpu.domain
+    latency, link = (NVLINK_LATENCY, gpu.nvlink) if inside else (NETWORK_LATENCY, gpu.network)
+    return latency + partials * (1 - 1 / side.cp) / link
+
+
+def _element(dtype: str) -> int:
+    """Bytes of a cached element; what is auto is taken for a 16-bit type."""
+    return DTYPE_BYTES.get(dtype, 2)

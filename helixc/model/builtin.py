@@ -97,6 +97,19 @@ _LLAMA_31_8B: dict[str, Any] = {
     "eos_token_id": [128001, 128008, 128009],
 }
 
+_TINYLLAMA_1B: dict[str, Any] = _LLAMA_31_8B | {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "vocab_size": 32000,
+    "eos_token_id": 2,
+}
+
 _QWEN3_8B: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "hidden_size": 4096,
@@ -138,7 +151,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
     "llama-3.1-405b": _LLAMA_31_8B
     | {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
+    "tinyllama-1.1b": _TINYLLAMA_1B,
     "qwen3-8b": _QWEN3_8B,
+    "qwen3-32b": _QWEN3_8B
+    | {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64},
     "qwen3-235b-a22b": _QWEN3_8B
     | {
         "architectures": ["Qwen3MoeForCausalLM"],

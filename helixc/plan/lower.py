@@ -60,13 +60,19 @@ def lower(spec: Spec, arch: ModelArch) -> Deployment:
     return Deployment(model, spec.generation.tokens_per_block, context, generation, spec.hardware)
 
 
+def kv_tokens(batch: int, length: int, block: int, cp: int) -> int:
+    """Tokens that rank 0 of a cp group, which holds the most, needs room for, in whole blocks."""
+    return batch * -(-local_length(length, block, cp, 0) // block) * block
+
+
 def _layout(role: Role, spec: RoleSpec, arch: ModelArch) -> Layout:
     ranks = spec.tensor_parallel_size * spec.context_parallel_size
-    moe_ep = spec.moe_expert_parallel_size or ranks // (spec.moe_tensor_parallel_size or ranks)
+    moe_ep = 1  # of a model without experts, whatever the file says: HX203
+    if arch.moe is not None:
+        moe_ep = spec.moe_expert_parallel_size or ranks // (spec.moe_tensor_parallel_size or ranks)
     mapping = Mapping(spec.tensor_parallel_size, spec.context_parallel_size, spec.pipeline_parallel_size, moe_ep)
     max_seq_len = spec.max_seq_len or arch.max_position
-    pages = -(-local_length(max_seq_len, spec.tokens_per_block, mapping.cp, 0) // spec.tokens_per_block)
-    needed = spec.max_batch_size * pages * spec.tokens_per_block  # rank 0 of a cp group holds the most
+    needed = kv_tokens(spec.max_batch_size, max_seq_len, spec.tokens_per_block, mapping.cp)
     return Layout(
         role=role,
         num_instances=spec.num_instances,

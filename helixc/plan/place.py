@@ -100,7 +100,7 @@ def _templates(deployment: Deployment, layout: Layout, kernels_for: KernelNames)
             out_heads=out,
             experts=expert_range(deployment.model.arch, layout, at),
             shard=0,
-            memory=_memory(deployment.model, layout, own, layout.stages[at.pp], q, kv),
+            memory=rank_memory(deployment.model, layout, own, layout.stages[at.pp], q, kv),
             kernels=(),
         )
         names = kernels_for(deployment.model, rank, _instance(layout, 0, 0), deployment.tokens_per_block)
@@ -108,7 +108,7 @@ def _templates(deployment: Deployment, layout: Layout, kernels_for: KernelNames)
     return found
 
 
-def _memory(
+def rank_memory(
     model: Model,
     layout: Layout,
     own: tuple[Piece, ...],
@@ -116,6 +116,7 @@ def _memory(
     q: tuple[int, int],
     kv: tuple[int, int],
 ) -> Memory:
+    """What a rank with these pieces, layers and heads needs."""
     arch = model.arch
     weights = elements(own) * DTYPE_BYTES[model.dtype]
     per_token = (layers[1] - layers[0]) * (kv[1] - kv[0]) * arch.kv_width * DTYPE_BYTES[model.kv_dtype]

@@ -96,7 +96,7 @@ def _memory(ranks: Sequence[Rank]) -> Iterator[str]:
         alike.setdefault(rank.memory, []).append(rank.rank)
     for memory, members in alike.items():
         yield (
-            f"  memory of rank {_listed(members)}: weights {byte_size(memory.weights)}, "
+            f"  memory of rank {listed(members)}: weights {byte_size(memory.weights)}, "
             f"KV {byte_size(memory.kv_per_token)} a token x {memory.kv_capacity_tokens:,} tokens, "
             f"workspace {byte_size(memory.workspace)}, total {byte_size(memory.total)}"
         )
@@ -111,10 +111,10 @@ def _span(span: Range | None) -> str:
 
 def _group(ranks: Sequence[int]) -> str:
     """A group of one rank has nobody to talk to: "-"."""
-    return _listed(ranks) if len(ranks) > 1 else "-"
+    return listed(ranks) if len(ranks) > 1 else "-"
 
 
-def _listed(ranks: Sequence[int]) -> str:
+def listed(ranks: Sequence[int]) -> str:
     """Consecutive ranks as first-last, others listed; many of them as first,second..last."""
     if len(ranks) > 1 and list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
         return f"{ranks[0]}-{ranks[-1]}"

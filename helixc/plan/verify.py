@@ -1,7 +1,8 @@
 """Proof of a plan, before it is written: what the runtime relies on is checked on the finished plan itself.
 
 Every rule reads the plan's records (coordinates, groups, boxes) and never the formulas that made them, so that a slip
-in a formula shows here. A flaw is a bug of the compiler, never of the user.
+in a formula shows here. The last two run the plan: `collectives` every rank's communication, against deadlock, and
+`step` the arithmetic on symbols. A flaw is a bug of the compiler, never of the user.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
+from helixc.plan.alike import label as _label
+from helixc.plan.alike import members as _members
+from helixc.plan.collectives import collectives
+from helixc.plan.simulate import simulate
 from helixc_runtime.manifest import (
     Groups,
     Instance,
@@ -36,9 +41,20 @@ class InvalidPlan(Exception):
     """The plan breaks the rules listed in `flaws`; nothing is written."""
 
     def __init__(self, flaws: Sequence[Flaw]) -> None:
-        lines = "\n".join(f"  {flaw.rule}: {flaw.message}" for flaw in flaws[:20])
+        lines = "\n".join(f"  {line}" for line in _told(flaws))
         super().__init__(f"the compiler made a plan that is wrong ({len(flaws)} flaws); please report it\n{lines}")
         self.flaws = tuple(flaws)
+
+
+def _told(flaws: Sequence[Flaw], each: int = 4) -> Iterator[str]:
+    """A few flaws of every broken rule."""
+    by_rule: dict[str, list[Flaw]] = defaultdict(list)
+    for flaw in flaws:
+        by_rule[flaw.rule].append(flaw)
+    for rule, found in by_rule.items():
+        yield from (f"{rule}: {flaw.message}" for flaw in found[:each])
+        if len(found) > each:
+            yield f"{rule}: and {len(found) - each} more"
 
 
 def verify(plan: Plan) -> None:
@@ -48,14 +64,41 @@ def verify(plan: Plan) -> None:
 
 
 def find_flaws(plan: Plan) -> list[Flaw]:
-    """All broken rules of `plan`."""
-    flaws: list[Flaw] = []
+    """All broken rules of `plan`. Where its numbers point at nothing, only that: the other rules follow them."""
+    if flaws := [Flaw("references", message) for message in _references(plan)]:
+        return flaws
     for rule, check in RULES:
         flaws += [Flaw(rule, message) for message in check(plan)]
     return flaws
 
 
 # --- Ranks and groups -------------------------------------------------------------------------------------------
+
+
+def _references(plan: Plan) -> Iterator[str]:
+    """Every rank, shard, element and local rank that the plan names exists."""
+    count = len(plan.ranks)
+    sizes = {role: min(len(i.ranks) for i in plan.instances if i.role == role) for role in {r.role for r in plan.ranks}}
+    for instance in plan.instances:
+        if not instance.ranks or any(not 0 <= rank < count for rank in instance.ranks):
+            yield f"{_label(instance)} has ranks {instance.ranks} of {count}"
+        if not 1 <= instance.tp * instance.cp <= len(instance.ranks):
+            yield f"{_label(instance)} has {len(instance.ranks)} ranks in stages of tp {instance.tp} x cp {instance.cp}"
+    for rank in (*plan.ranks, plan.reference):
+        if not 0 <= rank.shard < len(plan.shards):
+            yield f"rank {rank.rank} has shard {rank.shard} of {len(plan.shards)}"
+    for rank in plan.ranks:
+        for kind in (field.name for field in fields(Groups)):
+            group = getattr(rank.groups, kind)
+            if not group or min(group) < 0 or max(group) >= count:
+                yield f"rank {rank.rank} has the {kind} group {group}"
+    for number, shard in enumerate(plan.shards):
+        for piece in shard:
+            if len(piece.box) != len(piece.shape) or not all(map(_within, piece.box, ((0, n) for n in piece.shape))):
+                yield f"shard {number} holds {piece.box} of {piece.name}, which is {piece.shape}"
+    for t in plan.transfers:
+        if not (0 <= t.source < sizes.get("context", 0) and 0 <= t.target < sizes.get("generation", 0)):
+            yield f"a transfer goes from local rank {t.source} to {t.target}"
 
 
 def _numbering(plan: Plan) -> Iterator[str]:
@@ -322,15 +365,9 @@ RULES: tuple[tuple[str, Callable[[Plan], Iterator[str]]], ...] = (
     ("weights", _weights),
     ("weight-windows", _windows),
     ("transfers", _transfers),
+    ("collectives", collectives),
+    ("step", simulate),
 )
-
-
-def _members(plan: Plan, instance: Instance) -> list[Rank]:
-    return [plan.ranks[rank] for rank in instance.ranks]
-
-
-def _label(instance: Instance) -> str:
-    return f"{instance.role} instance {instance.index}"
 
 
 def _tiles(ranges: Sequence[Range], end: int, start: int = 0) -> bool:
@@ -343,4 +380,4 @@ def _tiles(ranges: Sequence[Range], end: int, start: int = 0) -> bool:
 
 
 def _within(inner: Range, outer: Range) -> bool:
-    return outer[0] <= inner[0] and inner[1] <= outer[1]
+    return outer[0] <= inner[0] <= inner[1] <= outer[1]

@@ -22,7 +22,8 @@ def contradictions(origins: Origins) -> Iterator[Diagnostic]:
                 continue
             written = ".".join(map(str, path))
             message = f"`{given.token}` contradicts `{written}: {_shown(value_at(source, path))}`"
-            help = f"for {section_name(role)}, keep one of the two or make them equal"
+            equal = f"{key}: {_shown(given.value)}"
+            help = f"for {section_name(role)}, remove one of the two, or make them equal: `{equal}`"
             related = [Related("the long form's value", source.value_span(path))]
             yield rules.CONTRADICTION.at(given.span, message, help, related)
 
@@ -47,7 +48,9 @@ def block_size(origins: Origins) -> tuple[int, list[Diagnostic]]:
         if value_at(source, path) != block:
             message = f"`{_dotted(path)}` is {value_at(source, path)}, but `{_dotted(first)}` is {block}"
             related = [Related("the other value", source.value_span(first))]
-            help = "all instances use one block size: give it once"
+            help = (
+                f"all instances use one block size: give it once, as `kv_cache_config: {{tokens_per_block: {block}}}`"
+            )
             findings.append(rules.BLOCK_SIZES_DIFFER.at(source.value_span(path), message, help, related))
     return block, findings
 

@@ -10,7 +10,7 @@ from helixc.spec import rules
 from helixc.spec.schema import CpConfig, Document, HardwareSection, KvCacheConfig, RoleSection, Section, section_class
 from helixc.spec.source import KeyPath, Place, Source
 
-_SHORT_NAMES = {
+SHORT_NAMES = {
     "tp": "tensor_parallel_size",
     "tp_size": "tensor_parallel_size",
     "pp": "pipeline_parallel_size",
@@ -33,6 +33,9 @@ _SHORT_NAMES = {
     "gen": "generation_servers",
     "generation": "generation_servers",
     "num_nodes": "nodes",
+    "gpus": "gpus_per_node",
+    "num_gpus": "gpus_per_node",
+    "gpu_type": "gpu",
     "model_path": "model",
 }
 _HOMES: tuple[tuple[type[Section], str], ...] = (
@@ -97,7 +100,8 @@ class _Repair:
         }
 
     def _value(self, value: Any, written: KeyPath, path: KeyPath) -> Any:
-        self.spans[path] = self.source.spans[written]
+        if written in self.source.spans:  # a value that a reader of another dialect put in has no place
+            self.spans[path] = self.source.spans[written]
         if isinstance(value, list):
             return [self._value(item, (*written, i), (*path, i)) for i, item in enumerate(value)]
         if isinstance(value, dict) and section_class(path) is not None:
@@ -113,7 +117,7 @@ class _Repair:
 def _meant(key: str, known: Mapping[str, Any]) -> str | None:
     if key in _SERVING or _homes(key):
         return None
-    short = _SHORT_NAMES.get(key.lower())
+    short = SHORT_NAMES.get(key.lower())
     return short if short in known else closest(key, known)
 
 

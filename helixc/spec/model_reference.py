@@ -38,7 +38,7 @@ def resolve_model(source: Source) -> tuple[str, list[Diagnostic]]:
 
 
 def _help(name: str, folder: str) -> str:
-    meant = closest(Path(name).name, builtin_names()) or _sibling(name, folder)
+    meant = _sibling(name, folder) or closest(Path(name).name, builtin_names())
     if meant is not None:
         return f"did you mean `{meant}`? There is no folder {folder}"
     return f"there is no folder {folder}; the built-in geometries are {', '.join(builtin_names())}"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from helixc.diagnostics import Diagnostic
+from helixc.hardware import DEFAULT_GPUS_PER_NODE, GPUS
 from helixc.spec import rules
 from helixc.spec.agreement import block_size, contradictions, share_gpus
 from helixc.spec.keys import repair
 from helixc.spec.model_reference import resolve_model
 from helixc.spec.origin import Origins, section_name
-from helixc.spec.schema import Document, RoleSection
+from helixc.spec.schema import Document, HardwareSection, RoleSection
 from helixc.spec.settle import settle
 from helixc.spec.short_form import parse_short_form
 from helixc.spec.source import Source
@@ -20,26 +22,35 @@ from helixc_runtime.manifest import Role
 _NESTED = ("cp_config", "kv_cache_config")
 
 
-def parse(source: Source) -> tuple[Spec | None, list[Diagnostic]]:
-    """The deployment in `source`, and every finding.
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What a file says, and every finding made while it was read.
 
-    The Spec is None if too much is unclear. It is there in spite of errors that let the rest be checked: a misspelt
-    key, a number in quotes, an unknown model (then Spec.model is the text as written). So look for errors first.
+    The spec is there in spite of errors that let the rest be checked: a misspelt key, a number in quotes, an unknown
+    model (then Spec.model is the text as written), a contradiction (then one of the two values). So look for errors
+    first. It is None if the generation instances are not described.
     """
+
+    spec: Spec | None
+    sizes_known: bool  # False if a value could not be read, so that the spec has a default in its place
+    findings: list[Diagnostic]
+
+
+def parse(source: Source) -> Parsed:
+    """The deployment in `source`, and every finding."""
     source, findings = repair(source)
     settled, violations, incomplete = settle(source)
     short, misread = parse_short_form(settled)
     origins = Origins(settled, short)
-    disagreeing = list(contradictions(origins))
     missing = [] if misread or _tries_to_describe(source) else _no_generation(settled, origins)
     missing += _no_instances(origins)
     block, blocks = block_size(origins)
     shared, sharing = share_gpus(settled)
     model, unknown_model = resolve_model(settled)
-    findings += [*violations, *misread, *disagreeing, *missing, *blocks, *sharing, *unknown_model]
-    if incomplete or misread or disagreeing or missing:
-        return None, findings
-    return _spec(origins, model, block, shared), findings
+    findings += [*violations, *misread, *contradictions(origins), *missing, *blocks, *sharing, *unknown_model]
+    readable = origins.describes("generation") and not missing
+    spec = _spec(origins, model, block, shared) if readable else None
+    return Parsed(spec, not (incomplete or misread), findings)
 
 
 def _tries_to_describe(source: Source) -> bool:
@@ -87,8 +98,14 @@ def _spec(origins: Origins, model: str, block: int, shared: bool) -> Spec:
         dtype=document.dtype,
         context=_role(origins, "context", block),
         generation=generation,
-        hardware=Hardware(document.hardware.nodes, document.hardware.gpus_per_node, shared),
+        hardware=_hardware(document.hardware, shared),
     )
+
+
+def _hardware(section: HardwareSection, shared: bool) -> Hardware:
+    gpu = GPUS.get(section.gpu or "")
+    per_node = section.gpus_per_node or (gpu.gpus_per_node if gpu else DEFAULT_GPUS_PER_NODE)
+    return Hardware(section.nodes, per_node, shared, section.gpu)
 
 
 def _role(origins: Origins, role: Role, block: int) -> RoleSpec | None:

@@ -11,11 +11,15 @@ def _error(code: str, title: str, explanation: str) -> Rule:
     return Rule(code, Severity.ERROR, title, cleandoc(explanation))
 
 
+def _note(code: str, title: str, explanation: str) -> Rule:
+    return Rule(code, Severity.NOTE, title, cleandoc(explanation))
+
+
 UNREADABLE = _error(
     "HX001",
     "The file cannot be read",
-    """The path does not exist, is a folder, may not be read, or holds more than a deployment file plausibly does.
-    Give the path of one YAML file.""",
+    """The path does not exist, is a folder, may not be read, or holds more than a deployment file plausibly does; or a
+    pattern such as `configs/*.yaml` matches no file. Give the paths of YAML files, or `-` for the standard input.""",
 )
 NOT_TEXT = _error(
     "HX002",
@@ -123,6 +127,22 @@ SHARING_DIFFERS = _error(
     "Two values of share_gpus disagree",
     """share_gpus may stand at the top level or under hardware. Give it once.""",
 )
+BAD_IGNORE = _error(
+    "HX120",
+    "A comment that should ignore a finding is not understood",
+    """A comment at the end of a line, or alone in the line before, ignores a warning of that line:
+
+        tensor_parallel_size: 16 # helixc: ignore[HX305] until the cp ranks are installed
+
+    Several codes are separated by commas. A reason is needed: whoever reads the file next has to know whether it still
+    holds. Errors cannot be ignored.""",
+)
+UNUSED_IGNORE = _note(
+    "HX121",
+    "A comment ignores a finding that is not there",
+    """The line does not have the finding, or no longer. A comment that stays behind would hide the next one of its
+    kind.""",
+)
 
 RULES = (
     UNREADABLE,
@@ -143,4 +163,6 @@ RULES = (
     CONTRADICTION,
     BLOCK_SIZES_DIFFER,
     SHARING_DIFFERS,
+    BAD_IGNORE,
+    UNUSED_IGNORE,
 )

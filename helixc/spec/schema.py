@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MAX_SIZE = 65_536
 
+GpuName = Literal["h100", "h200", "b200", "gb200", "gb300"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Tokens = Annotated[int, Field(ge=1, le=2**40)]
@@ -76,7 +77,10 @@ class HardwareSection(Section):
     """The GPUs on which the instances are placed, in order."""
 
     nodes: Size | None = Field(default=None, description="hosts; as many as needed if absent")
-    gpus_per_node: Size = Field(default=8, description="GPUs of one host")
+    gpu: GpuName | None = Field(
+        default=None, description="the kind of GPU: with it, memory and links are checked and estimates are made"
+    )
+    gpus_per_node: Size | None = Field(default=None, description="GPUs of one host; 8, or 4 of gb200 and gb300")
     share_gpus: bool = Field(default=False, description="context and generation instances may sit on the same GPUs")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from bisect import bisect_right
@@ -89,13 +90,19 @@ def read_text(path: Path | str) -> tuple[str | None, list[Diagnostic]]:
             raw = stream.read(MAX_BYTES + 1)
     except OSError as error:
         return None, [_unreadable(file, error)]
+    return decode(file, raw)
+
+
+def decode(file: str, raw: bytes) -> tuple[str | None, list[Diagnostic]]:
+    """The text that `raw` holds, without a byte order mark, or the reason why it cannot be a deployment's text."""
     if len(raw) > MAX_BYTES:
         message = f"{file} holds more than {MAX_BYTES:,} bytes"
         return None, [rules.UNREADABLE.at(Span.start_of(file), message, "a deployment file is a short YAML file")]
+    raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
-        return raw.decode("utf-8-sig"), []
+        return raw.decode(), []
     except UnicodeDecodeError as error:
-        before = raw[: error.start].decode("utf-8-sig")
+        before = raw[: error.start].decode()
         message = f"byte 0x{raw[error.start]:02x} is not UTF-8"
         span = LineTable.of(file, before).span(len(before), len(before))
         return None, [rules.NOT_TEXT.at(span, message, "save the file as UTF-8")]

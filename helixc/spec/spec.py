@@ -35,6 +35,7 @@ class Hardware:
     nodes: int | None
     gpus_per_node: int
     share_gpus: bool
+    gpu: str | None = None  # a key of helixc.hardware.GPUS; None: unknown, nothing is checked against it
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,26 +56,27 @@ class Builder:
         for key, value in node.value:
             if key.tag == TAG + "merge":
                 merged.append(value)
-            elif self._is_new_text_key(key, path, data):
-                data[key.value] = self.build(value, (*path, key.value), self._span(key))
+            elif (name := self._new_text_key(key, path, data)) is not None:
+                data[name] = self.build(value, (*path, name), self._span(key))
         for value in merged:
             self._merge(value, path, data)
         return data
 
-    def _is_new_text_key(self, key: Node, path: KeyPath, data: dict[str, Any]) -> bool:
+    def _new_text_key(self, key: Node, path: KeyPath, data: dict[str, Any]) -> str | None:
+        """The text of `key`, None with a finding if it is no text or given already."""
         if not isinstance(key, ScalarNode) or key.tag != TAG + "str":
             shown = f"`{key.value}`" if isinstance(key, ScalarNode) else "a list or mapping"
             self._report(rules.KEY_NOT_TEXT, key, f"{shown} is used as a key, but keys are words", "use a known key")
-            return False
-        self._check_text(key)
-        if key.value not in data:
-            return True
-        first = self.spans[(*path, key.value)].key
+            return None
+        name = self._text(key)
+        if name not in data:
+            return name
+        first = self.spans[(*path, name)].key
         assert first is not None
-        message = f"`{key.value}` is given twice (first in line {first.line})"
+        message = f"`{name}` is given twice (first in line {first.line})"
         related = [Related("first given here", first)]
         self.findings.append(rules.DUPLICATE_KEY.at(self._span(key), message, "remove one of the two", related))
-        return False
+        return None
 
     def _merge(self, value: Node, path: KeyPath, data: dict[str, Any]) -> None:
         """Add what `<<` brings; keys already there win, and earlier mappings of a list win over later ones."""
@@ -98,9 +99,8 @@ class Builder:
             self.spans |= {p: place for p, place in scratch.spans.items() if len(p) > depth and p[depth] in new}
 
     def _scalar(self, node: Node) -> Any:
-        text = str(node.value)
+        text = self._text(node)
         kind = node.tag.removeprefix(TAG)
-        self._check_text(node)
         if kind in ("str", "merge"):
             return text
         if not fits(kind, text):
@@ -115,9 +115,15 @@ class Builder:
         if node.tag != TAG + kind:
             self._report(rules.BAD_TAG, node, f"the tag {self._shown_tag(node)} is not known here", "remove the tag")
 
-    def _check_text(self, node: Node) -> None:
-        if any("\ud800" <= character <= "\udfff" for character in node.value):
+    def _text(self, node: Node) -> str:
+        """The text of a scalar, as JSON reads it: two escapes that are halves of a character are that character."""
+        text = str(node.value)
+        if not any("\ud800" <= character <= "\udfff" for character in text):
+            return text
+        joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        if joined != text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore"):
             self._report(rules.NOT_TEXT, node, "an escape names half a surrogate pair", "write the character itself")
+        return joined
 
     def _shown_tag(self, node: Node) -> str:
         return node.tag.replace(TAG, "!!")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from helixc_runtime.manifest import Dtype, Model, Rank
+from helixc_runtime.manifest import Dtype, Model, Range, Rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,15 @@ class AttentionShape:
 
 def attention_shape(model: Model, rank: Rank, block: int) -> AttentionShape:
     """The shape of `rank` in a deployment with `block` tokens a page."""
+    return shape_of_heads(model, rank.q_heads, rank.kv_heads, block)
+
+
+def shape_of_heads(model: Model, q_heads: Range, kv_heads: Range, block: int) -> AttentionShape:
+    """The shape of a rank with these heads."""
     arch = model.arch
     return AttentionShape(
-        heads=rank.q_heads[1] - rank.q_heads[0],
-        kv_heads=rank.kv_heads[1] - rank.kv_heads[0],
+        heads=q_heads[1] - q_heads[0],
+        kv_heads=kv_heads[1] - kv_heads[0],
         head_dim=arch.head_dim,
         partial_dim=arch.partial_dim,
         rope_dim=arch.rope_dim,

@@ -15,7 +15,7 @@ import yaml
 from examples import smollm2
 from tests.docs.fences import PAGES, ROOT, Block, blocks
 
-VERBS = ("check", "compile", "plan", "launch", "explain")
+VERBS = ("check", "compile", "plan", "launch", "explain", "init", "schema")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
 

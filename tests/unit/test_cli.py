@@ -73,6 +73,7 @@ def test_json_has_the_contract_s_keys(broken: Path, capsys: pytest.CaptureFixtur
     assert main(["check", str(broken), "--format", "json"]) == 1
     found = json.loads(capsys.readouterr().out)
     keys = ["code", "severity", "message", "file", "line", "column", "end_line", "end_column", "help"]
+    keys += ["related", "notes"]
     assert [list(entry) for entry in found] == [keys, keys]
     place = [found[0][key] for key in ("code", "severity", "file", "line", "column", "end_line", "end_column")]
     assert place == ["HX301", "error", "a b,c.yaml", 3, 23, 3, 26]
@@ -119,7 +120,10 @@ def test_warnings_do_not_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "hx301"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("HX301 (error): The query heads do not divide over tp * cp\n\nBefore the exchange")
+    assert out.startswith(
+        "# HX301: The query heads do not divide over tp * cp\n\nSeverity: error.\n\nBefore the exchange"
+    )
+    assert "$ helixc check deployment.yaml\nerror[HX301]" in out
     assert main(["explain", "HX3001"]) == 2
     assert "did you mean HX" in capsys.readouterr().err
 

@@ -25,7 +25,8 @@ HEAD = "model: llama-3.1-8b\nload_format: dummy\n"
 def findings_of(text: str, path: str = "f.yaml") -> tuple[Spec | None, list[Diagnostic]]:
     source, syntax = parse_yaml(path, text)
     assert source is not None and not syntax, syntax
-    return parse(source)
+    parsed = parse(source)
+    return parsed.spec if parsed.sizes_known else None, parsed.findings
 
 
 def spec_of(text: str, path: str = "f.yaml") -> Spec:
@@ -44,10 +45,11 @@ def only(text: str) -> tuple[Diagnostic, str]:
 def test_the_long_form() -> None:
     source, _ = load(LONG)
     assert source is not None
-    spec, findings = parse(source)
+    parsed = parse(source)
+    spec, findings = parsed.spec, parsed.findings
     assert not findings and spec is not None and spec.context is not None
     assert (spec.model, spec.load_format, spec.dtype, spec.seed) == ("deepseek-v3-lite", "dummy", "bfloat16", 0)
-    assert dataclasses.astuple(spec.hardware) == (1, 2, True)
+    assert dataclasses.astuple(spec.hardware) == (1, 2, True, None)
     assert spec.context == RoleSpec(1, 2, 1, 1, None, None, None, False, 16, 4096, 64, "auto", None, 0.8)
     assert spec.generation == RoleSpec(1, 1, 1, 2, None, None, None, False, 4, None, 64, "auto", 8192, 0.8)
 
@@ -79,7 +81,7 @@ def test_defaults_and_absent_roles() -> None:
     spec = spec_of(f"{HEAD}parallelism: gen cp2\n")
     assert spec.context is None
     assert spec.generation == RoleSpec(1, 1, 1, 2, None, None, None, False, 8, None, 32, "auto", None, 0.9)
-    assert dataclasses.astuple(spec.hardware) == (None, 8, False)
+    assert dataclasses.astuple(spec.hardware) == (None, 8, False, None)
     assert spec_of(f"{HEAD}generation_servers: {{}}\ncontext_servers: {{num_instances: 0}}\n").context is None
     assert spec_of(f"{HEAD}parallelism: ctx 0x tp2 / gen tp1\n").context is None
 
@@ -294,8 +296,9 @@ def test_no_document_makes_the_front_end_fail() -> None:
         source, syntax = parse_yaml("f.yaml", text)
         if source is None:
             continue
-        spec, findings = parse(source)
-        assert spec is not None or has_errors(findings), text
+        parsed = parse(source)
+        spec, findings = parsed.spec, parsed.findings
+        assert (spec is not None and parsed.sizes_known) or has_errors(findings), text
         assert not syntax
         if spec is not None:
-            checks.run(source, spec, read_model("qwen3-8b"))
+            checks.run(source, spec, read_model("qwen3-8b"), sizes_known=parsed.sizes_known)

@@ -157,6 +157,12 @@ def test_values_that_cannot_be_read(value: str, code: str) -> None:
     assert [(f.code, f.span.line) for f in findings] == [(code, 2)]
 
 
+def test_escapes_as_json_writes_them_are_characters() -> None:
+    source, findings = read('{"\\ud83d\\ude00": "a\\ud83d\\ude00b", "c": "\\ude00\\ud83d"}')
+    assert source.data == {"\N{GRINNING FACE}": "a\N{GRINNING FACE}b", "c": "\ufffd\ufffd"}
+    assert [f.code for f in findings] == ["HX002"]
+
+
 def test_alias_bombs_are_bounded() -> None:
     levels = [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 12)]
     assert fails("\n".join(["l0: &l0 [1]", *levels])).code == "HX009"

@@ -1,0 +1,38 @@
+"""GPUs that a deployment may name: memory, bandwidth and links. docs/hardware.md says where the figures come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DEFAULT_GPUS_PER_NODE = 8
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One kind of GPU in the servers it is sold in. Bandwidths are peak figures of one GPU in bytes a second."""
+
+    name: str
+    memory: int  # bytes that a program can allocate
+    bandwidth: float  # of the memory
+    nvlink: float  # to the other GPUs of its NVLink domain, one direction
+    network: float  # to other domains, one direction
+    gpus_per_node: int
+    domain: int  # GPUs of one NVLink domain
+    arch: str  # what its kernels are compiled for
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("h100", 79 * GIB, 3.35e12, 450e9, 50e9, 8, 8, "sm_90a"),
+        Gpu("h200", 139 * GIB, 4.8e12, 450e9, 50e9, 8, 8, "sm_90a"),
+        Gpu("b200", 178 * GIB, 7.7e12, 900e9, 50e9, 8, 8, "sm_100a"),
+        Gpu("gb200", 184 * GIB, 8.0e12, 900e9, 50e9, 4, 72, "sm_100a"),
+        Gpu("gb300", 275 * GIB, 8.0e12, 900e9, 100e9, 4, 72, "sm_103a"),
+    )
+}
+
+# Seconds that an exchange of a few kilobytes takes at least: assumptions, to be replaced by measurements.
+NVLINK_LATENCY = 8e-6
+NETWORK_LATENCY = 20e-6

@@ -1,0 +1,153 @@
+"""The order in which every rank communicates, read off the plan, and the proof that nobody waits forever.
+
+The orders here are those of helixc_runtime (engine.py, models/decoder.py, handoff.py), operation for operation; a test
+records what the runtime does and compares. A launch is made of three phases, each of which ends by itself:
+
+- prefill of one prompt by a context instance, up to its first token;
+- the handoff of that prompt's KV to a generation instance;
+- one decode step of a generation instance, from the admission of new requests to the chosen tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
+
+from helixc.plan.alike import distinct, label, members
+from helixc.plan.rendezvous import Op, Program, flaws
+from helixc_runtime.manifest import DTYPE_BYTES, Instance, Plan, Rank, Transfer, split
+
+TOKEN_ID_BYTES = 8
+
+
+def collectives(plan: Plan) -> Iterator[str]:
+    """Every group's members agree on the order of what they issue, and every message has both its ends."""
+    contexts, generations = (distinct(plan, role) for role in ("context", "generation"))
+    for instance in contexts:
+        programs = {rank.rank: prefill(plan, instance, rank) for rank in members(plan, instance)}
+        yield from (f"{label(instance)}, prefill: {flaw}" for flaw in flaws(programs))
+    for source, target in product(contexts, generations):
+        for moved in by_request(plan, source, target):
+            yield from (f"handoff: {flaw}" for flaw in flaws(handoff(plan, source, target, moved)))
+    for instance in generations:
+        yield from (f"{label(instance)}, decode: {flaw}" for flaw in _absent(plan, instance))
+        programs = {rank.rank: decode_step(plan, instance, rank) for rank in members(plan, instance)}
+        yield from (f"{label(instance)}, decode: {flaw}" for flaw in flaws(programs))
+
+
+def prefill(plan: Plan, instance: Instance, rank: Rank) -> Program:
+    """What a context rank issues for one prompt. Sizes are a token's; the logits are those of one token."""
+    return [*_stage(plan, rank, exchange=False), *_logits(plan, rank), *_token(instance, 1)]
+
+
+def decode_step(plan: Plan, instance: Instance, rank: Rank, *, attends: bool = True) -> Program:
+    """What a generation rank issues in one step. `attends`: it has a row of the batch, as all have without dp."""
+    return [
+        *_control(instance, instance.ranks[0], 2 * instance.max_batch_size, "admission"),
+        *_stage(plan, rank, exchange=attends),
+        *_logits(plan, rank),
+        *_token(instance, instance.max_batch_size),
+    ]
+
+
+def handoff(plan: Plan, source: Instance, target: Instance, moved: Iterable[Transfer]) -> Mapping[int, Program]:
+    """What every rank of both instances issues for one prompt's KV; sizes are those of one token that is owned.
+
+    `moved`: the transfers of that prompt, one of `by_request`.
+    """
+    programs: dict[int, list[Op]] = {rank: [] for rank in (*source.ranks, *target.ranks)}
+    width = plan.model.arch.kv_width * DTYPE_BYTES[plan.model.kv_dtype]
+    for t in moved:
+        size = (t.layers[1] - t.layers[0]) * (t.kv_heads[1] - t.kv_heads[0]) * width
+        pair = (source.ranks[t.source], target.ranks[t.target])
+        what = f"KV of layers {t.layers}, heads {t.kv_heads}, blocks of cp rank {t.cp_rank}"
+        programs[pair[0]].append(Op("post", pair, size, what))
+        programs[pair[1]].append(Op("take", pair, size, what))
+    return programs
+
+
+def by_request(plan: Plan, source: Instance, target: Instance) -> list[tuple[Transfer, ...]]:
+    """The transfers of one prompt, for every choice of the data-parallel ranks that attend for it at both ends."""
+    found: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
+    for t in plan.transfers:
+        sender, receiver = plan.ranks[source.ranks[t.source]], plan.ranks[target.ranks[t.target]]
+        choice = (sender.tp_rank * source.attention_dp, receiver.tp_rank * target.attention_dp)
+        found[choice].append(t)
+    return [tuple(moved) for moved in found.values()]
+
+
+def traffic(plan: Plan, program: Program) -> dict[str, int]:
+    """Bytes a token that one rank puts into each kind of operation on the way of the model's data."""
+    total: dict[str, int] = defaultdict(int)
+    for op in program:
+        if op.kind not in ("broadcast", "recv", "take"):
+            total[op.kind] += op.size
+    return dict(total)
+
+
+# --- The phases, piece by piece ---------------------------------------------------------------------------------
+
+
+def _stage(plan: Plan, rank: Rank, *, exchange: bool) -> Iterator[Op]:
+    """Decoder._stage: embedding or the previous stage's output, this rank's layers, the next stage."""
+    hidden = plan.model.arch.hidden_size * DTYPE_BYTES[plan.model.dtype]
+    first, end = rank.layers
+    if first == 0:
+        yield from _group("all_reduce", rank.groups.ffn_tp, hidden, "embedding")
+    else:
+        yield Op("recv", (_neighbour(rank, -1), rank.rank), hidden, f"input of layer {first}")
+    for layer in range(first, end):
+        if exchange:
+            yield from _group("exchange", rank.groups.cp, _partials(plan, rank), f"layer {layer} partials")
+        yield from _group("all_reduce", rank.groups.ffn_tp, hidden, f"layer {layer} o_proj")
+        yield from _group("all_reduce", rank.groups.ffn_tp, hidden, f"layer {layer} FFN")
+    if end != plan.model.arch.num_layers:
+        yield Op("send", (rank.rank, _neighbour(rank, 1)), hidden, f"input of layer {end}")
+
+
+def _neighbour(rank: Rank, step: int) -> int:
+    """The rank of the stage before or after; the rank itself, which no message allows, where there is none."""
+    stage = rank.pp_rank + step
+    return rank.groups.pp[stage] if 0 <= stage < len(rank.groups.pp) else rank.rank
+
+
+def _partials(plan: Plan, rank: Rank) -> int:
+    """Bytes of one token's partials and their LSE: what the rank keeps included."""
+    heads = rank.q_heads[1] - rank.q_heads[0]
+    return heads * (plan.model.arch.partial_dim * DTYPE_BYTES[plan.model.dtype] + DTYPE_BYTES["float32"])
+
+
+def _logits(plan: Plan, rank: Rank) -> Iterator[Op]:
+    if rank.layers[1] == plan.model.arch.num_layers:
+        parts = len(rank.groups.ffn_tp)
+        widest = max(hi - lo for lo, hi in (split(plan.model.arch.vocab_size, parts, i) for i in range(parts)))
+        yield from _group("all_gather", rank.groups.ffn_tp, widest * DTYPE_BYTES["float32"], "logits")
+
+
+def _token(instance: Instance, count: int) -> Iterator[Op]:
+    """Session.broadcast of what the sampler, the first rank of the last stage, has chosen."""
+    yield from _control(instance, instance.ranks[-instance.tp * instance.cp], count, "tokens")
+
+
+def _control(instance: Instance, source: int, count: int, what: str) -> Iterator[Op]:
+    if len(instance.ranks) > 1:
+        yield Op("broadcast", instance.ranks, (count + 1) * TOKEN_ID_BYTES, what, source)
+
+
+def _group(kind: str, ranks: tuple[int, ...], size: int, what: str) -> Iterator[Op]:
+    """A collective; a group of one has nobody to talk to."""
+    if len(ranks) > 1:
+        yield Op(kind, ranks, size, what)  # type: ignore[arg-type]
+
+
+def _absent(plan: Plan, instance: Instance) -> Iterator[str]:
+    """Under attention dp any of the dp ranks may have no row in a step, and then skips the exchange.
+
+    If all of its group skip together, the step is the one with all rows less some whole operations, and ends if that
+    ends.
+    """
+    for rank in members(plan, instance) if instance.attention_dp else ():
+        for member in rank.groups.cp:
+            if plan.ranks[member].tp_rank != rank.tp_rank:
+                yield f"rank {rank.rank} exchanges with rank {member}, which skips it where only the other has rows"

@@ -1,0 +1,1 @@
+"""TensorRT-LLM's configuration files: recognising them, their vocabulary, and reading them as a deployment file."""

@@ -1,0 +1,24 @@
+"""After the mutation tests: every planted bug and who named it, in the terminal summary."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List the planted bugs among the tests that ran."""
+    reports = [
+        (outcome, dict(report.user_properties))
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        if getattr(report, "when", None) == "call"
+    ]
+    planted = [(outcome, found) for outcome, found in reports if "planted" in found]
+    if not planted:
+        return
+    terminalreporter.section("planted bugs")
+    for outcome, found in planted:
+        mark = "named " if outcome == "passed" else "MISSED"
+        terminalreporter.write_line(f"{mark} {found['planted']}: {found['named by']}")
+    named = sum(outcome == "passed" for outcome, _ in planted)
+    terminalreporter.write_line(f"{named} of {len(planted)} planted bugs named ({named / len(planted):.0%})")
