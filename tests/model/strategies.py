@@ -28,15 +28,16 @@ class Sizes:
     partition: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
 class Case:
     """A plan, what it was made from, and the roles by name."""
 
-    plan: Plan
-    arch: ModelArch
-    block: int
-    context: Sizes | None
-    generation: Sizes
+    def __init__(self, arch: ModelArch, block: int, context: Sizes | None, generation: Sizes) -> None:
+        self.arch, self.block, self.context, self.generation = arch, block, context, generation
+        made = spec("qwen3-8b", _role(context, block) if context else None, _role(generation, block))
+        self.plan: Plan = place(lower(made, arch), lambda *_: ())
+
+    def __repr__(self) -> str:
+        return f"Case({self.arch!r}, {self.block}, {self.context!r}, {self.generation!r})"
 
     def sizes(self, role: str) -> Sizes:
         found = self.context if role == "context" else self.generation
@@ -94,16 +95,16 @@ def cases(draw: st.DrawFn, most: int = 96, context_most: int | None = None) -> C
     mla = draw(st.booleans())
     kv_heads = 1 if mla else _kv_heads(draw, heads, [1 if dp else generation.tp, ways[1]])
     arch = _arch(draw, layers, heads, kv_heads, mla, [s for s in (context, generation) if s])
-    generation = _with(draw, generation, layers, dp=dp)
-    context = _with(draw, context, layers, dp=context_dp) if context else None
-    block = draw(st.integers(1, 65))
-    made = spec("qwen3-8b", _role(context, block) if context else None, _role(generation, block))
-    return Case(place(lower(made, arch), lambda *_: ()), arch, block, context, generation)
+    generation = _with(draw, generation, arch, dp=dp)
+    context = _with(draw, context, arch, dp=context_dp) if context else None
+    return Case(arch, draw(st.integers(1, 65)), context, generation)
 
 
-def _with(draw: st.DrawFn, sizes: Sizes, layers: int, *, dp: bool) -> Sizes:
-    partition = draw(partitions(layers, sizes.pp))
-    return Sizes(sizes.tp, sizes.cp, sizes.pp, sizes.ep, dp, draw(st.integers(1, 3)), partition)
+def _with(draw: st.DrawFn, sizes: Sizes, arch: ModelArch, *, dp: bool) -> Sizes:
+    """The sizes with everything that depends on the model; without experts there is no expert parallelism."""
+    partition = draw(partitions(arch.num_layers, sizes.pp))
+    ep = sizes.ep if arch.moe else 1
+    return Sizes(sizes.tp, sizes.cp, sizes.pp, ep, dp, draw(st.integers(1, 3)), partition)
 
 
 def _role(sizes: Sizes, block: int) -> Any:

@@ -24,8 +24,8 @@ from helixc_runtime.manifest import (
 from tests.model import brute_force as truth
 from tests.model.strategies import Case, Sizes, cases, grids, partitions
 
-quick = settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
-few = settings(quick, max_examples=30)
+quick = settings(deadline=None, max_examples=50, suppress_health_check=list(HealthCheck))
+few = settings(quick, max_examples=20)
 
 
 def numbers(found: Range) -> list[int]:
