@@ -13,6 +13,7 @@ from helixc.build import Built, build, build_without_kernels, make_plan
 from helixc.codegen.build import Cubin
 from helixc.codegen.nvrtc import CompileError, NvrtcMissing
 from helixc.codegen.render import RenderError
+from helixc.codegen.roofline import roofline
 from helixc.frontend import Analysis, analyse
 from helixc.hardware import GPUS
 from helixc.plan.show import to_text
@@ -20,7 +21,7 @@ from helixc.report import as_json, print_findings
 from helixc.spec.spec import Spec
 from helixc.table import aligned, byte_size
 from helixc_runtime.artifact import ArtifactError, load
-from helixc_runtime.manifest import ModelArch, Plan, to_json
+from helixc_runtime.manifest import Kernel, ModelArch, Plan, to_json
 
 DEFAULT_ARCH = "sm_90a"
 EVERY_ARCH = ("sm_90a", "sm_100a")
@@ -56,13 +57,12 @@ def compile_file(file: Path, output: Path | None, arches: tuple[str, ...], forma
         print_findings(analysis.diagnostics, [analysis])
     arches = arches or _arches(checked.spec, (DEFAULT_ARCH,))
     try:
-        plan = make_plan(checked.spec, checked.arch, arches)
-        directory = output or Path("artifacts", plan.name)
+        directory = output or Path("artifacts", _plan(checked, arches).name)
         built = _build(checked, directory, arches)
-    except BuildFailure as failure:
+    except (BuildFailure, NvrtcMissing) as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 2
-    print(json.dumps(_as_json(built, analysis)) if format == "json" else _summary(built))
+    print(json.dumps(_as_json(built, analysis)) if format == "json" else _summary(built, checked.spec.hardware.gpu))
     return 0
 
 
@@ -184,20 +184,28 @@ def _progress(cubin: Cubin, done: int, total: int) -> None:
     print(f"[{done}/{total}] {how} {spec.name} for {spec.arch}", file=sys.stderr)
 
 
-def _summary(built: Built) -> str:
-    head = ("kernel", "arch", "registers", "shared", "spills")
+def _summary(built: Built, gpu: str | None) -> str:
+    head = ("kernel", "arch", "registers", "shared", "spills", "roofline")
     rows = [
-        (k.name, k.arch, str(k.registers), byte_size(k.shared_bytes or 0), str(k.spill_bytes))
+        (k.name, k.arch, str(k.registers), byte_size(k.shared_bytes or 0), str(k.spill_bytes), _least(built, k, gpu))
         for k in built.plan.kernels
     ]
+    instance = built.plan.instances[-1]
+    largest = f"batch {instance.max_batch_size} and {instance.max_seq_len:,} tokens a row"
     roles = [f"{sum(r.role == role for r in built.plan.ranks)} {role}" for role in ("context", "generation")]
     return "\n".join(
         [
             f"{built.plan.name}: {len(built.plan.ranks)} ranks ({', '.join(roles)}), proven",
             *aligned([head, *rows], indent="  "),
+            f"roofline: the least time of one layer's launch at {largest}, from peak figures",
             f"wrote {built.directory}: run it with `helixc launch {built.directory}`",
         ]
     )
+
+
+def _least(built: Built, kernel: Kernel, gpu: str | None) -> str:
+    found = roofline(built.plan, kernel, gpu)
+    return f"{found.seconds * 1e6:.2f} us on {found.gpu}, {found.bound}" if found else "-"
 
 
 def _as_json(built: Built, analysis: Analysis) -> dict[str, Any]:

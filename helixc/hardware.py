@@ -10,11 +10,12 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One kind of GPU in the servers it is sold in. Bandwidths are peak figures of one GPU in bytes a second."""
+    """One kind of GPU in the servers it is sold in. Speeds are peak figures, bandwidths in bytes a second."""
 
     name: str
     memory: int  # bytes that a program can allocate
     bandwidth: float  # of the memory
+    bfloat16: float  # dense tensor-core operations a second
     nvlink: float  # to the other GPUs of its NVLink domain, one direction
     network: float  # to other domains, one direction
     gpus_per_node: int
@@ -25,11 +26,11 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h100", 79 * GIB, 3.35e12, 450e9, 50e9, 8, 8, "sm_90a"),
-        Gpu("h200", 139 * GIB, 4.8e12, 450e9, 50e9, 8, 8, "sm_90a"),
-        Gpu("b200", 178 * GIB, 7.7e12, 900e9, 50e9, 8, 8, "sm_100a"),
-        Gpu("gb200", 184 * GIB, 8.0e12, 900e9, 50e9, 4, 72, "sm_100a"),
-        Gpu("gb300", 275 * GIB, 8.0e12, 900e9, 100e9, 4, 72, "sm_103a"),
+        Gpu("h100", 79 * GIB, 3.35e12, 990e12, 450e9, 50e9, 8, 8, "sm_90a"),
+        Gpu("h200", 139 * GIB, 4.8e12, 990e12, 450e9, 50e9, 8, 8, "sm_90a"),
+        Gpu("b200", 178 * GIB, 7.7e12, 2250e12, 900e9, 50e9, 8, 8, "sm_100a"),
+        Gpu("gb200", 184 * GIB, 8.0e12, 2500e12, 900e9, 50e9, 4, 72, "sm_100a"),
+        Gpu("gb300", 275 * GIB, 8.0e12, 2500e12, 900e9, 100e9, 4, 72, "sm_103a"),
     )
 }
 

@@ -13,6 +13,7 @@ from helixc.plan.transfers import transfers
 from helixc_runtime.manifest import DTYPE_BYTES, SCHEMA, Instance, Kernel, Memory, Model, Piece, Plan, Rank
 
 MAX_SPLITS = 64  # split-KV partials of one row that the workspace has room for
+MAX_PARTS = 2 * 148  # and of all rows together: two a multiprocessor of the largest GPU (Hopper's kernels)
 
 
 KernelNames = Callable[[Model, Rank, Instance, int], tuple[str, ...]]  # the last is tokens a block
@@ -131,7 +132,7 @@ def _workspace(model: Model, layout: Layout, heads: int) -> int:
     if layout.role == "context":
         return 0
     rows, width = layout.max_batch_size * heads, model.arch.partial_dim
-    splits = MAX_SPLITS * rows * (width + 1) * 4
+    splits = max(MAX_SPLITS * rows, MAX_PARTS * heads) * (width + 1) * 4
     exchange = 2 * rows * (width * DTYPE_BYTES[model.dtype] + 4)
     return splits + exchange
 

@@ -19,6 +19,7 @@ def test_the_table_is_the_one_in_the_code() -> None:
             f"`{gpu.name}`",
             f"{gpu.memory / GIB:.0f}",
             f"{gpu.bandwidth / 1e12:.2f}",
+            f"{gpu.bfloat16 / 1e12:.0f}",
             f"{gpu.nvlink / 1e9:.0f}",
             f"{gpu.network / 1e9:.0f}",
             str(gpu.gpus_per_node),

@@ -1,0 +1,56 @@
+"""The least time a kernel can take at the plan's largest batch and length, from the bytes and operations it must do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from helixc.hardware import GPUS, Gpu
+from helixc_runtime.manifest import DTYPE_BYTES, Instance, Kernel, Plan, Rank, local_length
+
+# Whose peak figures stand for an architecture where the deployment names no GPU.
+_OF_ARCH = {"sm_90a": "h100", "sm_100a": "b200", "sm_103a": "gb300"}
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """Of one launch: for one layer, all rows of the batch at max_seq_len."""
+
+    gpu: str
+    bytes: int
+    operations: int
+    seconds: float
+    bound: str  # "memory" or "arithmetic"
+
+
+def roofline(plan: Plan, kernel: Kernel, gpu: str | None) -> Roofline | None:
+    """The roofline of a kernel of `plan` on `gpu` (None: its architecture's usual one).
+
+    None for kernels whose work is not a function of batch and length: schedules, and merges of splits.
+    """
+    rank = next(rank for rank in plan.ranks if kernel.name in rank.kernels)
+    name = gpu or _OF_ARCH[kernel.arch]
+    work = _work(plan, plan.instance_of(rank), rank, kernel)
+    return _bound(GPUS[name], *work) if work else None
+
+
+def _bound(gpu: Gpu, moved: int, operations: int) -> Roofline:
+    memory, arithmetic = moved / gpu.bandwidth, operations / gpu.bfloat16
+    bound = "memory" if memory >= arithmetic else "arithmetic"
+    return Roofline(gpu.name, moved, operations, max(memory, arithmetic), bound)
+
+
+def _work(plan: Plan, instance: Instance, rank: Rank, kernel: Kernel) -> tuple[int, int] | None:
+    """(bytes, operations) of one launch."""
+    arch, rows = plan.model.arch, instance.max_batch_size
+    heads, kv_heads = (span[1] - span[0] for span in (rank.q_heads, rank.kv_heads))
+    size, kv_size = DTYPE_BYTES[plan.model.dtype], DTYPE_BYTES[plan.model.kv_dtype]
+    stored = kv_heads * arch.kv_width
+    if kernel.template == "append":
+        return rows * (2 * heads * arch.head_dim * size + stored * (size + kv_size)), 0
+    if kernel.template == "combine":
+        partials = rows * (heads // instance.cp) * (arch.partial_dim * size + 4)
+        return (instance.cp + 1) * partials, 0
+    if kernel.template not in ("partial", "mla_partial", "gqa_partial"):
+        return None
+    tokens = rows * local_length(instance.max_seq_len, plan.tokens_per_block, instance.cp, rank.cp_rank)
+    return tokens * stored * kv_size, 2 * tokens * heads * (arch.head_dim + arch.partial_dim)

@@ -1,0 +1,51 @@
+"""Rooflines of kernels against figures worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from helixc.build import make_plan
+from helixc.codegen.roofline import roofline
+from helixc.model import read_model
+from helixc_runtime.manifest import Kernel, Plan
+from tests.deployments import role, spec
+
+
+def plan_of(model: str, **generation: int) -> Plan:
+    deployed = spec(model, None, role(batch=1, block=64, **generation), load_format="dummy", dtype="bfloat16")
+    return make_plan(deployed, read_model(model), ("sm_90a",))
+
+
+def kernel(plan: Plan, template: str) -> Kernel:
+    return next(kernel for kernel in plan.kernels if kernel.template == template)
+
+
+def test_mla_at_one_row_of_64k_tokens() -> None:
+    """64k tokens of 1,152 bytes at 3.35 TB/s; 2 * 64k * 1,088 operations a head at 990 TFLOP/s."""
+    few, many = (plan_of(model, max_seq_len=65536) for model in ("deepseek-v3-lite", "deepseek-v3"))
+    found = roofline(few, kernel(few, "mla_partial"), None)
+    assert found is not None and (found.gpu, found.bound) == ("h100", "memory")
+    assert found.bytes == 65536 * 1152 and found.operations == 2 * 65536 * 1088 * 16
+    assert found.seconds * 1e6 == pytest.approx(22.5, abs=0.1)
+    found = roofline(many, kernel(many, "mla_partial"), "h200")
+    assert found is not None and (found.gpu, found.bound) == ("h200", "arithmetic")
+    assert found.seconds * 1e6 == pytest.approx(18.4, abs=0.1)
+
+
+def test_cp_divides_what_a_rank_reads() -> None:
+    alone, split = (plan_of("llama-3.1-8b", max_seq_len=131072, cp=cp) for cp in (1, 4))
+    whole, quarter = (roofline(plan, kernel(plan, "gqa_partial"), None) for plan in (alone, split))
+    assert whole is not None and quarter is not None
+    assert whole.bytes == 4 * quarter.bytes == 131072 * 8 * 2 * 128 * 2
+
+
+def test_the_exchange_s_combine_and_the_append() -> None:
+    plan = plan_of("deepseek-v3-lite", max_seq_len=65536, cp=2)
+    combine, append = (roofline(plan, kernel(plan, template), None) for template in ("combine", "append"))
+    assert combine is not None and combine.bytes == 3 * 8 * (512 * 2 + 4)
+    assert append is not None and append.bytes == 2 * 16 * 576 * 2 + 2 * 576 * 2
+
+
+def test_a_schedule_has_no_roofline() -> None:
+    plan = plan_of("deepseek-v3-lite", max_seq_len=65536)
+    assert roofline(plan, kernel(plan, "mla_schedule"), None) is None
