@@ -6,6 +6,7 @@ obvious, and the judge of the property tests beside it.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import count, cycle, islice
 
 import numpy as np
@@ -102,8 +103,12 @@ def kv_heads_of(seat: Seat, kv_heads: int, tp: int) -> list[int]:
 
 def kv_head_of(head: int, heads: int, kv_heads: int) -> int:
     """The KV head that query head `head` attends: query heads stand in line behind their KV heads."""
-    line = [kv for kv in range(kv_heads) for _ in range(heads // kv_heads)]
-    return line[head]
+    return _line(heads, kv_heads)[head]
+
+
+@cache
+def _line(heads: int, kv_heads: int) -> list[int]:
+    return [kv for kv in range(kv_heads) for _ in range(heads // kv_heads)]
 
 
 def tape(length: int, block: int, cp: int) -> "np.ndarray[tuple[int], np.dtype[np.int16]]":
