@@ -1,8 +1,14 @@
-"""After the mutation tests: every planted bug and who named it, in the terminal summary."""
+"""For all tests: the output format is not guessed from CI, and planted bugs are listed in the terminal summary."""
 
 from __future__ import annotations
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def not_on_github(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under GitHub Actions `check` prints annotations; tests of its text must not depend on where they run."""
+    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
