@@ -1,6 +1,8 @@
 """Choosing the next token: greedy, or temperature and top-p with a seed.
 
-The choice depends only on the logits, the request's seed and the position, so that any process can repeat it.
+The choice depends only on the logits, the request's seed and the position, so that any process can repeat it. Every
+token gets a random number of its own (an exponential race, equal in distribution to drawing from the probabilities):
+rounding that swaps two tokens of nearly equal probability does not change which one is drawn.
 """
 
 from __future__ import annotations
@@ -17,11 +19,10 @@ def sample(logits: Tensor, request: Request, position: int) -> int:
         return int(logits.argmax())
     probabilities = torch.softmax(logits.double().cpu() / request.temperature, dim=-1)
     ordered, tokens = probabilities.sort(descending=True, stable=True)
-    kept = ordered.cumsum(0) - ordered < request.top_p  # the smallest set that reaches top_p
+    kept = tokens[ordered.cumsum(0) - ordered < request.top_p]  # the smallest set that reaches top_p
     generator = torch.Generator().manual_seed((request.seed * 0x9E3779B97F4A7C15 + position) & (2**63 - 1))
-    draw = torch.rand((), generator=generator, dtype=torch.float64) * ordered[kept].sum()
-    index = int(torch.searchsorted(ordered[kept].cumsum(0), draw, right=True))
-    return int(tokens[min(index, int(kept.sum()) - 1)])
+    waits = torch.empty_like(probabilities).exponential_(generator=generator)
+    return int(kept[(probabilities[kept] / waits[kept]).argmax()])
 
 
 def finish_reason(request: Request, generated: list[int], eos: tuple[int, ...]) -> str | None:
