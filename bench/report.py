@@ -88,8 +88,8 @@ def launches(result: dict[str, Any]) -> str:
     text = f"""Machine: {result["machine"]}. Repeat with `python bench/launches.py`. Prompts of {lengths} tokens,
 {result["tokens"]} generated each, random weights; context and generation ranks share the GPUs. The difference is to one
 unsharded process in float32 arithmetic; random mixture-of-experts weights in bfloat16 amplify rounding, so `--verify`
-allows twice what one unsharded bfloat16 process is off. Measured with the portable attention kernels. TTL is that of
-NCCL and of many small kernels run eagerly: not yet a speed to show.
+allows three times what one unsharded bfloat16 process is off. Measured with the portable attention kernels. TTL is that
+of NCCL and of many small kernels run eagerly: not yet a speed to show.
 """
     head = ("model", "layers", "dtype", "layout", "largest logit difference", "same tokens", "TTL p50, ms")
     return _section("Exactness on GPUs", text, head, rows)

@@ -106,8 +106,8 @@ class TorchComm:
         cp = len(self.rank.groups.cp)
         rows, heads, width = partial.o.shape
         # O and LSE of one destination travel together, as bytes: one all-to-all a layer.
-        o = partial.o.view(rows, cp, heads // cp, width).transpose(0, 1).reshape(cp, -1)
-        lse = partial.lse.view(rows, cp, heads // cp).transpose(0, 1).reshape(cp, -1)
+        o = _by_destination(partial.o.view(rows, cp, heads // cp, width))
+        lse = _by_destination(partial.lse.view(rows, cp, heads // cp))
         sent = torch.cat([o.view(torch.uint8), lse.view(torch.uint8)], dim=1)
         received = sent
         if cp > 1:
@@ -124,3 +124,10 @@ class TorchComm:
     def recv(self, x: Tensor, rank: int) -> Tensor:
         dist.recv(x, rank, group=self.groups["pp"])
         return x
+
+
+def _by_destination(x: Tensor) -> Tensor:
+    """[B, C, ...] -> [C, B * ...] in fresh memory, with a last stride of 1 even where there is one element: it is to be
+    viewed as bytes.
+    """
+    return x.transpose(0, 1).clone(memory_format=torch.contiguous_format).view(x.shape[1], -1)

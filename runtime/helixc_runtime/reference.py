@@ -3,7 +3,7 @@
 The whole model runs on one rank, in one pass over prompt and generated tokens, with dense causal attention: no paging,
 no absorption, no exchange. Its arithmetic is float32 on the deployment's weights. A deployment in a shorter dtype must
 be as near to that as rounding allows, and how much rounding does to this model is measured, not guessed: one
-unsharded process in the same dtype is compared too, and the deployment may be twice as far off.
+unsharded process in the same dtype is compared too, and the deployment may be three times as far off.
 
 `python -m helixc_runtime.reference RUN_DIR`.
 """
@@ -31,7 +31,7 @@ from helixc_runtime.sampling import sample
 from helixc_runtime.worker import supervised
 
 FLOAT32_TOLERANCE = 1e-4  # of the largest logit: sums in another order
-ROUNDING_FACTOR = 2.0  # of what one unsharded process in the deployment's dtype is off
+ROUNDING_FACTOR = 3.0  # of what one unsharded process in the deployment's dtype is off: sums over ranks round again
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,61 @@
+"""A deployment against transformers: the logits of every generated token, from the same checkpoint."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from helixc_runtime.job import Request
+from helixc_runtime.manifest import Plan
+from tests.dist.harness import Outcome, deploy
+
+LOGIT_TOLERANCE = 1e-4  # largest absolute difference in float32; logits are a few units large
+
+transformers.utils.logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest absolute logit difference over all requests, and whether every token is the reference's argmax."""
+
+    difference: float
+    same_tokens: bool
+    outcome: Outcome
+
+    @property
+    def exact(self) -> bool:
+        return self.difference <= LOGIT_TOLERANCE and self.same_tokens
+
+
+def random_prompts(lengths: Sequence[int], seed: int) -> list[list[int]]:
+    """Byte tokens."""
+    source = random.Random(seed)
+    return [[source.randrange(256) for _ in range(length)] for length in lengths]
+
+
+def compare(
+    checkpoint: Path,
+    plan: Plan,
+    requests: Sequence[Request],
+    directory: Path,
+    sabotage: Callable[[], None] | None = None,
+) -> Comparison:
+    """Run `plan` and hold every logit against one transformers pass over prompt and generated tokens."""
+    outcome = deploy(plan, requests, directory, sabotage=sabotage)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    largest, same = 0.0, True
+    for request in requests:
+        tokens = outcome.tokens[request.index]
+        with torch.inference_mode():
+            reference = model(torch.tensor([[*request.token_ids, *tokens[:-1]]])).logits[0, len(request.token_ids) - 1 :]
+        assert outcome.logits[request.index].shape == reference.shape
+        difference = (outcome.logits[request.index] - reference).abs().max()
+        largest = torch.stack([torch.tensor(largest), difference]).max().item()  # a NaN stays
+        same = same and reference.argmax(-1).tolist() == tokens
+    return Comparison(largest, same, outcome)
