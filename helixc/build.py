@@ -35,20 +35,11 @@ def make_plan(spec: Spec, arch: ModelArch, arches: tuple[str, ...]) -> Plan:
     return with_kernels(plan, tuple(configure(problem).planned() for problem in select(plan, arches)))
 
 
-def build(
-    spec: Spec,
-    arch: ModelArch,
-    text: str,
-    directory: Path,
-    arches: tuple[str, ...],
-    progress: Progress | None = None,
-) -> Built:
-    """Compile a checked deployment into the artifact `directory`. `text` is the file as the user wrote it.
+def build(plan: Plan, arches: tuple[str, ...], text: str, directory: Path, progress: Progress | None = None) -> Built:
+    """Compile what make_plan made into the artifact `directory`. `text` is the file as the user wrote it.
 
-    Raises what make_plan raises, NvrtcMissing or CompileError for the kernels, FileExistsError or OSError for the
-    directory.
+    Raises NvrtcMissing, CompileError or RenderError for the kernels, FileExistsError or OSError for the directory.
     """
-    plan = make_plan(spec, arch, arches)
     problems = select(plan, arches)
     sources = render_all(problems)
     cubins = compile_all(sources, progress)

@@ -57,8 +57,8 @@ def compile_file(file: Path, output: Path | None, arches: tuple[str, ...], forma
         print_findings(analysis.diagnostics, [analysis])
     arches = arches or _arches(checked.spec, (DEFAULT_ARCH,))
     try:
-        directory = output or Path("artifacts", _plan(checked, arches).name)
-        built = _build(checked, directory, arches)
+        plan = _plan(checked, arches)
+        built = _build(plan, arches, checked.text, output or Path("artifacts", plan.name))
     except (BuildFailure, NvrtcMissing) as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 2
@@ -124,7 +124,7 @@ def artifact_for_launch(file: Path, *, needs_kernels: bool) -> Path | int:
         directory = Path(".helixc", "artifacts", f"{plan.name}-{key}")
         if not _stands(directory):
             try:
-                _build(checked, directory, arches)
+                _build(plan, arches, checked.text, directory)
             except NvrtcMissing as missing:
                 if needs_kernels:
                     raise BuildFailure(str(missing)) from None
@@ -166,14 +166,12 @@ def _plan(checked: Checked, arches: tuple[str, ...]) -> Plan:
         raise BuildFailure(f"no kernel serves this model: {error}") from None
 
 
-def _build(checked: Checked, directory: Path, arches: tuple[str, ...]) -> Built:
+def _build(plan: Plan, arches: tuple[str, ...], text: str, directory: Path) -> Built:
     """build(), its failures as BuildFailure; NvrtcMissing passes where the caller can do without."""
     try:
-        return build(checked.spec, checked.arch, checked.text, directory, arches, _progress)
+        return build(plan, arches, text, directory, _progress)
     except (CompileError, RenderError) as error:
         raise BuildFailure(str(error)) from None
-    except ValueError as error:
-        raise BuildFailure(f"no kernel serves this model: {error}") from None
     except OSError as error:
         raise BuildFailure(f"cannot write the artifact {directory}: {error.strerror or error}") from None
 

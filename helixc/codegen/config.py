@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from helixc.codegen.problem import KernelSpec, Param
+from helixc_runtime.attention_shape import MAX_PROCESSORS
 from helixc_runtime.manifest import DTYPE_BYTES, Kernel
 
 _STATIC_SHARED = 48 * 1024  # bytes a thread block may declare without asking the driver for more
 _THREADS = 128
 _HOPPER_SHARED = 231_424  # what the MLA partial uses of the 232,448 bytes a thread block may have
-_HOPPER_SPLITS = 148  # thread blocks of the largest chip: no row is cut into more
 _GQA_TILE = 64
 _HEAD_TILES = (8, 4, 2, 1)
 _TOKEN_TILES = (64, 32, 16, 8, 4)
@@ -52,7 +52,7 @@ def configure(spec: KernelSpec) -> KernelConfig:
             cluster = 2 if dict(spec.params)["heads"] == 128 else 1  # 64 heads' output fills the register files
             return KernelConfig(spec, threads=512, cluster=cluster, dynamic_shared=_HOPPER_SHARED)
         case "mla_merge":
-            return KernelConfig(spec, threads=512, max_splits=_HOPPER_SPLITS)
+            return KernelConfig(spec, threads=512, max_splits=MAX_PROCESSORS)
         case "gqa_schedule":
             return KernelConfig(spec, threads=32, token_tile=_GQA_TILE)
         case "gqa_partial":

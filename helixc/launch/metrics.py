@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from helixc.launch.record import Difference, Record, RequestRecord, Verdict
-from helixc_runtime.job import Request
+from helixc.launch.record import Record, RequestRecord, Verdict
+from helixc_runtime.job import Difference, Request
 from helixc_runtime.manifest import Plan
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from helixc_runtime.events import Event
+from helixc_runtime.job import Difference
 
 
 @dataclass(slots=True)
@@ -16,16 +17,6 @@ class RequestRecord:
     times: list[float] = field(default_factory=list)
     prefilled_by: int | None = None  # rank
     finish_reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """The first token that the reference process would have chosen otherwise."""
-
-    request: int
-    step: int
-    expected: int
-    got: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,10 +182,10 @@ def _llama(config: Config, eos: tuple[int, ...]) -> ModelArch:
     return _gqa(config, eos, qk_norm=False)
 
 
-def _qwen3(config: Config, eos: tuple[int, ...]) -> ModelArch:
+def _qwen3(config: Config, eos: tuple[int, ...], moe: Moe | None = None) -> ModelArch:
     if config.get("use_sliding_window"):
         raise ModelError("use_sliding_window: true is not supported", "Helix shards full attention only")
-    return _gqa(config, eos, qk_norm=True)
+    return _gqa(config, eos, qk_norm=True, moe=moe)
 
 
 def _qwen3_moe(config: Config, eos: tuple[int, ...]) -> ModelArch:
@@ -205,9 +205,7 @@ def _qwen3_moe(config: Config, eos: tuple[int, ...]) -> ModelArch:
         normalize=bool(config.get("norm_topk_prob", False)),
         scale=1.0,
     )
-    if config.get("use_sliding_window"):
-        raise ModelError("use_sliding_window: true is not supported", "Helix shards full attention only")
-    return _gqa(config, eos, qk_norm=True, moe=moe)
+    return _qwen3(config, eos, moe)
 
 
 def _mla_arch(config: Config, eos: tuple[int, ...], moe: Moe, *, interleaved: bool) -> ModelArch:
@@ -236,15 +234,23 @@ def _moe_layers(config: Config) -> tuple[int, ...]:
     return tuple(range(config["first_k_dense_replace"], config["num_hidden_layers"]))
 
 
-def _deepseek_v3(config: Config, eos: tuple[int, ...]) -> ModelArch:
-    if config.get("scoring_func", "sigmoid") != "sigmoid":
-        raise ModelError(f"scoring_func {config['scoring_func']!r} with DeepseekV3ForCausalLM", "V3 routes by sigmoid")
-    moe = Moe(
+def _deepseek_moe(config: Config, **routing: Any) -> Moe:
+    """The sizes that V2 and V3 spell alike, with the routing of either."""
+    return Moe(
         layers=_moe_layers(config),
         experts=config["n_routed_experts"],
         top_k=config["num_experts_per_tok"],
         intermediate_size=config["moe_intermediate_size"],
         shared_intermediate_size=config["moe_intermediate_size"] * config["n_shared_experts"],
+        **routing,
+    )
+
+
+def _deepseek_v3(config: Config, eos: tuple[int, ...]) -> ModelArch:
+    if config.get("scoring_func", "sigmoid") != "sigmoid":
+        raise ModelError(f"scoring_func {config['scoring_func']!r} with DeepseekV3ForCausalLM", "V3 routes by sigmoid")
+    moe = _deepseek_moe(
+        config,
         scoring="sigmoid",
         correction_bias=True,
         groups=config["n_group"],
@@ -265,12 +271,8 @@ def _deepseek_v2(config: Config, eos: tuple[int, ...]) -> ModelArch:
             "norm_topk_prob: true with DeepseekV2ForCausalLM", "published implementations disagree on what it scales"
         )
     limited = method == "group_limited_greedy"
-    moe = Moe(
-        layers=_moe_layers(config),
-        experts=config["n_routed_experts"],
-        top_k=config["num_experts_per_tok"],
-        intermediate_size=config["moe_intermediate_size"],
-        shared_intermediate_size=config["moe_intermediate_size"] * config["n_shared_experts"],
+    moe = _deepseek_moe(
+        config,
         scoring="softmax",
         correction_bias=False,
         groups=config["n_group"] if limited else 1,

@@ -10,11 +10,8 @@ from helixc.plan.mapping import Mapping
 from helixc.plan.parameters import parameters
 from helixc.plan.shards import elements, expert_range, head_ranges, pieces
 from helixc.plan.transfers import transfers
+from helixc_runtime.attention_shape import MAX_PROCESSORS, MAX_SPLITS
 from helixc_runtime.manifest import DTYPE_BYTES, SCHEMA, Instance, Kernel, Memory, Model, Piece, Plan, Rank
-
-MAX_SPLITS = 64  # split-KV partials of one row that the workspace has room for
-MAX_PARTS = 2 * 148  # and of all rows together: two a multiprocessor of the largest GPU (Hopper's kernels)
-
 
 KernelNames = Callable[[Model, Rank, Instance, int], tuple[str, ...]]  # the last is tokens a block
 
@@ -132,7 +129,8 @@ def _workspace(model: Model, layout: Layout, heads: int) -> int:
     if layout.role == "context":
         return 0
     rows, width = layout.max_batch_size * heads, model.arch.partial_dim
-    splits = max(MAX_SPLITS * rows, MAX_PARTS * heads) * (width + 1) * 4
+    # The portable kernels' partials of every row, or Hopper's: two a multiprocessor, whatever the rows.
+    splits = max(MAX_SPLITS * rows, 2 * MAX_PROCESSORS * heads) * (width + 1) * 4
     exchange = 2 * rows * (width * DTYPE_BYTES[model.dtype] + 4)
     return splits + exchange
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from helixc_runtime.attention_shape import AttentionShape
+from helixc_runtime.attention_shape import MAX_SPLITS, AttentionShape
 from helixc_runtime.cubin import LoadedKernel
 from helixc_runtime.manifest import Kernel
 from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
@@ -33,7 +33,6 @@ EARLY = frozenset({"mla_partial", "mla_merge", "gqa_partial"})
 
 _WARP = 32
 _WAVES = 2  # thread blocks of the portable partial kernel to aim for, per multiprocessor
-_MAX_SPLITS = 64
 
 
 Chosen = Mapping[str, tuple[Kernel, LoadedKernel]]  # by template
@@ -95,7 +94,7 @@ class Portable:
     def _splits(self, thread_blocks: int, max_tokens: int, token_tile: int) -> int:
         """Enough splits to fill the GPU, but none without a tile of tokens. Known without reading the lengths."""
         wanted = -(-self.processors * _WAVES // thread_blocks)
-        return max(1, min(wanted, -(-max_tokens // token_tile), _MAX_SPLITS))
+        return max(1, min(wanted, -(-max_tokens // token_tile), MAX_SPLITS))
 
 
 class HopperMla:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from helixc_runtime.manifest import Dtype, Model, Range, Rank
 
+MAX_SPLITS = 64  # split-KV partials of one row, of the portable kernels
+MAX_PROCESSORS = 148  # multiprocessors of the largest GPU: Hopper's kernels cut no row into more
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:

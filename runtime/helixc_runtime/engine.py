@@ -25,7 +25,7 @@ from helixc_runtime.models.decoder import Decoder
 from helixc_runtime.ops import Ops
 from helixc_runtime.ops_torch import TorchOps
 from helixc_runtime.sampling import finish_reason, sample
-from helixc_runtime.scheduler import Scheduler, assigned, dp_rank, new_row
+from helixc_runtime.scheduler import Scheduler, assigned, attends, new_row
 from helixc_runtime.weights import load_weights
 
 # Collectives wait this long. A rank that dies closes its connections at once and one that hangs misses its
@@ -61,6 +61,10 @@ class Session:
     def sampler(self) -> int:
         """Global rank that samples for the instance: the first of the last stage."""
         return self.instance.ranks[-self.instance.tp * self.instance.cp]
+
+    def attends(self, request: Request) -> bool:
+        """Whether this rank attends for `request`, and holds its KV."""
+        return attends(self.plan, self.instance, self.rank, request)
 
     def broadcast(self, values: list[int], source: int, size: int) -> list[int]:
         """`values` (at most `size`) of global rank `source`, on every rank of the instance."""
@@ -131,11 +135,8 @@ def serve_context(session: Session) -> None:
     session.emit.emit("stage", stage="ready", done=1, total=1)
     for done, request in enumerate(requests):
         session.emit.emit("stage", stage="prefill", done=done, total=len(requests))
-        attends = not session.instance.attention_dp or session.rank.tp_rank == dp_rank(
-            session.plan, session.instance, request
-        )
-        tokens = torch.tensor(request.token_ids, device=session.decoder.device)
-        hidden, cached = session.decoder.prefill(tokens, rotary, attends=attends, on_layer=_layer_progress(session))
+        tokens, own = torch.tensor(request.token_ids, device=session.decoder.device), session.attends(request)
+        hidden, cached = session.decoder.prefill(tokens, rotary, attends=own, on_layer=_layer_progress(session))
         first = _first_token(session, request, hidden)
         for sending in under_way:  # at most one prompt's KV waits to be taken
             sending.wait()
@@ -236,11 +237,11 @@ class Generation:
         decided = self.session.broadcast(found, self.session.instance.ranks[0], limit)
         for index, token in zip(decided[::2], decided[1::2], strict=True):
             request = self.requests[index]
-            row = new_row(self.session.plan, self.session.instance, request, token)
+            row = new_row(request, token)
             if reason := finish_reason(request, row.tokens, self.session.plan.model.arch.eos_token_ids):
                 self._announce_finish(index, reason)
                 continue
-            if self._attends(row):
+            if self.session.attends(request):
                 self.cache.reserve(row)
                 receive(self.session.plan, self.session.rank, request, row, self.cache, self.transport)
             self.rows.append(row)
@@ -265,7 +266,7 @@ class Generation:
     def _step(self) -> None:
         """One token for every row."""
         device = self.session.decoder.device
-        own = [i for i, row in enumerate(self.rows) if self._attends(row)]
+        own = [i for i, row in enumerate(self.rows) if self.session.attends(self.requests[row.index])]
         batch = self.cache.batch([self.rows[i] for i in own], self.rotary) if own else None
         subset = torch.tensor(own, device=device) if self.session.instance.attention_dp else None
         tokens = torch.tensor([row.tokens[-1] for row in self.rows], device=device)
@@ -296,7 +297,7 @@ class Generation:
             if reason is None:
                 going.append(row)
                 continue
-            if self._attends(row):
+            if self.session.attends(request):
                 self.stored += self.cache.stored(row)
                 self.cache.release(row)
             if self.session.leads:
@@ -310,9 +311,6 @@ class Generation:
         self.finished += 1
         if self.session.leads:
             self.session.emit.emit("finished", request=index, reason=reason)
-
-    def _attends(self, row: Row) -> bool:
-        return not self.session.instance.attention_dp or row.dp_rank == self.session.rank.tp_rank
 
 
 def _keep_logits(session: Session, index: int, part: str, logits: list[Tensor]) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from helixc_runtime.job import Request
 from helixc_runtime.kv import KvCache, Row
-from helixc_runtime.manifest import Instance, Model, Plan, Rank, Transfer, local_length, owner
-from helixc_runtime.scheduler import dp_rank, serving
+from helixc_runtime.manifest import Model, Plan, Rank, Transfer, local_length, owner
+from helixc_runtime.scheduler import attends, serving
 
 
 class Transport(Protocol):
@@ -80,12 +80,8 @@ def _messages(plan: Plan, request: Request) -> Iterator[tuple[Transfer, int, int
     context, generation = serving(plan, "context", request), serving(plan, "generation", request)
     for t in plan.transfers:
         source, target = plan.ranks[context.ranks[t.source]], plan.ranks[generation.ranks[t.target]]
-        if _attends(plan, context, source, request) and _attends(plan, generation, target, request):
+        if attends(plan, context, source, request) and attends(plan, generation, target, request):
             yield t, source.rank, target.rank
-
-
-def _attends(plan: Plan, instance: Instance, rank: Rank, request: Request) -> bool:
-    return not instance.attention_dp or rank.tp_rank == dp_rank(plan, instance, request)
 
 
 def _tokens(plan: Plan, request: Request, t: Transfer) -> int:

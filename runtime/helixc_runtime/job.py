@@ -55,6 +55,16 @@ class Generated:
     token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """The first token that the unsharded model would have chosen otherwise, found by --verify."""
+
+    request: int
+    step: int
+    expected: int
+    got: int
+
+
 def write_job(job: Job, run_dir: Path) -> None:
     """Write `run_dir`/job.json. Raises OSError."""
     (run_dir / JOB_FILE).write_text(to_json(job), encoding="utf-8")

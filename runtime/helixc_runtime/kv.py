@@ -24,7 +24,6 @@ class Row:
     index: int
     prompt_length: int
     max_tokens: int
-    dp_rank: int  # which data-parallel rank attends for it; 0 without attention data parallelism
     tokens: list[int] = field(default_factory=list)  # generated
 
     @property

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -24,7 +24,7 @@ from helixc_runtime.artifact import load
 from helixc_runtime.comm import TorchComm
 from helixc_runtime.engine import load_decoder, logits_file
 from helixc_runtime.events import Emitter
-from helixc_runtime.job import Job, Request, read_generated, read_job
+from helixc_runtime.job import Difference, Job, Request, read_generated, read_job
 from helixc_runtime.models.decoder import Decoder
 from helixc_runtime.models.rotary import Rotary
 from helixc_runtime.sampling import sample
@@ -32,16 +32,6 @@ from helixc_runtime.worker import supervised
 
 FLOAT32_TOLERANCE = 1e-4  # of the largest logit: sums in another order
 ROUNDING_FACTOR = 3.0  # of what one unsharded process in the deployment's dtype is off: sums over ranks round again
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """The first token that the unsharded model would have chosen otherwise."""
-
-    request: int
-    step: int
-    expected: int
-    got: int
 
 
 def main() -> NoReturn:

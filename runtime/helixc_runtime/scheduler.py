@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from helixc_runtime.job import Request
 from helixc_runtime.kv import Row, pages_needed
-from helixc_runtime.manifest import Instance, Plan
+from helixc_runtime.manifest import Instance, Plan, Rank
 
 
 def assigned(plan: Plan, instance: Instance, requests: Iterable[Request]) -> list[Request]:
@@ -30,6 +30,11 @@ def dp_rank(plan: Plan, instance: Instance, request: Request) -> int:
     """The data-parallel rank (a tp rank) that attends for `request`; 0 without attention data parallelism."""
     count = sum(i.role == instance.role for i in plan.instances)
     return request.index // count % instance.tp if instance.attention_dp else 0
+
+
+def attends(plan: Plan, instance: Instance, rank: Rank, request: Request) -> bool:
+    """Whether `rank` of `instance` holds the KV of `request`: all do, or its data-parallel rank alone."""
+    return not instance.attention_dp or rank.tp_rank == dp_rank(plan, instance, request)
 
 
 class Scheduler:
@@ -68,8 +73,6 @@ class Scheduler:
         return pages_needed(len(request.token_ids) + request.max_tokens, self.plan.tokens_per_block, self.instance.cp)
 
 
-def new_row(plan: Plan, instance: Instance, request: Request, first_token: int) -> Row:
+def new_row(request: Request, first_token: int) -> Row:
     """The row of a request that was prefilled."""
-    row = Row(request.index, len(request.token_ids), request.max_tokens, dp_rank(plan, instance, request))
-    row.tokens.append(first_token)
-    return row
+    return Row(request.index, len(request.token_ids), request.max_tokens, [first_token])

@@ -108,11 +108,11 @@ class Checkpoint:
         """See Source.read. A view with more dims than the stored tensor splits its rows."""
         view = self._open(tensor).get_slice(tensor)
         stored = tuple(view.get_shape())
-        rows = shape[1] if len(shape) == len(stored) + 1 else 1
-        if (*shape[:1], *shape[1:]) != stored and (shape[0] * rows, *shape[2:]) != stored:
-            raise WeightError(f"{tensor} in {self.folder} has shape {list(stored)}, config.json implies {list(shape)}")
-        if rows == 1 and len(shape) == len(stored):
+        if shape == stored:
             return _tensor(view[tuple(slice(lo, hi) for lo, hi in box)])
+        rows = shape[1] if len(shape) == len(stored) + 1 else 1
+        if (shape[0] * rows, *shape[2:]) != stored:
+            raise WeightError(f"{tensor} in {self.folder} has shape {list(stored)}, config.json implies {list(shape)}")
         (lo, hi), rest = box[0], box[1:]
         whole = _tensor(view[lo * rows : hi * rows]).view(hi - lo, *shape[1:])
         return whole[(slice(None), *(slice(a, b) for a, b in rest))]

@@ -19,11 +19,11 @@ from helixc.launch.metrics import percentile, summarize
 from helixc.launch.options import LaunchOptions
 from helixc.launch.progress import Progress
 from helixc.launch.prompts import Prompt
-from helixc.launch.record import Difference, Record, Verdict
+from helixc.launch.record import Record, Verdict
 from helixc.launch.report import milliseconds, table, verdict_text, verified
 from helixc.launch.stream import printable
 from helixc_runtime.events import Event, parse
-from helixc_runtime.job import Job, Request
+from helixc_runtime.job import Difference, Job, Request
 from helixc_runtime.manifest import to_json
 from tests.unit.launch_deployment import deployment
 
