@@ -127,7 +127,7 @@ class TorchComm:
 
 
 def _by_destination(x: Tensor) -> Tensor:
-    """[B, C, ...] -> [C, B * ...] in fresh memory, with a last stride of 1 even where there is one element: it is to be
-    viewed as bytes.
+    """[B, C, ...] -> [C, B * ...], to be viewed as bytes: in fresh memory, as with one head a rank `reshape` would give
+    a strided view.
     """
     return x.transpose(0, 1).clone(memory_format=torch.contiguous_format).view(x.shape[1], -1)

@@ -65,9 +65,9 @@ def test_attention_data_parallelism(family: str, tmp_path: Path) -> None:
         ("llama", role(), role(cp=2, pp=2), {"tie_word_embeddings": True, "attention_bias": True}),
         ("qwen3", role(tp=2), role(cp=3), {"vocab_size": 265, "intermediate_size": 200, "attention_bias": True}),
         ("deepseek-v3-lite", role(tp=2), role(cp=2, ep=2), {"attention_bias": True, "q_lora_rank": 40}),
-        ("llama", role(tp=3), role(cp=3, batch=1), {"num_attention_heads": 3, "num_key_value_heads": 3}),
+        ("llama", role(tp=3), role(cp=3), {"num_attention_heads": 3, "num_key_value_heads": 3}),
     ],
-    ids=["tp above kv heads", "one kv head, tied", "tied over two stages", "uneven shards", "q_lora with biases", "one head and one row"],
+    ids=["tp above kv heads", "one kv head, tied", "tied over two stages", "uneven shards", "q_lora with biases", "one head a rank"],
 )
 def test_less_common_models(
     family: str, context: RoleSpec, generation: RoleSpec, overrides: dict[str, Any], tmp_path: Path
