@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from helixc_runtime.sampling import finish_reason, sample
+from helixc_runtime.sampling import could_sample, finish_reason, sample
 from tests.dist.harness import request
 
 
@@ -50,6 +50,26 @@ def test_rounding_does_not_change_the_draw() -> None:
     assert any(not torch.equal(other.argsort(), logits.argsort()) for other in rounded)
     changed = sum(sample(logits, item, i) != sample(other, item, i) for i, other in enumerate(rounded))
     assert changed <= 2, f"{changed} of 400 draws changed, {seed=}"
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (0.7, 0.9), (1.3, 1.0), (0.5, 0.05)])
+def test_rounding_leaves_a_token_that_could_be_sampled(temperature: float, top_p: float) -> None:
+    """Logits moved by at most a margin draw a token that the margin allows; no margin allows what is drawn alone."""
+    seed = random.randrange(2**31)
+    torch.manual_seed(seed)
+    margin, changed = 0.2, 0
+    item = request(0, [1], temperature=temperature, top_p=top_p, seed=seed)
+    for position in range(200):
+        logits = torch.randn(400) * 0.5
+        own = sample(logits, item, position)
+        other = sample(logits + margin * (2 * torch.rand(400) - 1), item, position)
+        changed += own != other
+        assert could_sample(logits, item, position, other, margin), f"{seed=} {position=}"
+        assert could_sample(logits, item, position, own, 0.0), f"{seed=} {position=}"
+        assert other == own or not could_sample(logits, item, position, other, 0.0), f"{seed=} {position=}"
+        allowed = sum(could_sample(logits, item, position, token, margin) for token in range(0, 400, 40))
+        assert allowed <= 6, f"{seed=} {position=}: {allowed} of 10 tokens"
+    assert changed, f"{seed=}: the margin never mattered"
 
 
 def test_when_a_request_is_finished() -> None:
