@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from helixc_runtime.manifest import Dtype, Model, Range, Rank
+from helixc_runtime.manifest import Dtype, KvDtype, Model, Range, Rank, scale_groups
 
 MAX_SPLITS = 64  # split-KV partials of one row, of the portable kernels
 MAX_PROCESSORS = 148  # multiprocessors of the largest GPU: Hopper's kernels cut no row into more
@@ -27,7 +27,8 @@ class AttentionShape:
     scale: float  # of the scores, softmax_scale
     block: int  # tokens a page
     dtype: Dtype
-    kv_dtype: Dtype
+    kv_dtype: KvDtype
+    query_tokens: int = 1  # new tokens a row attends with at once
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
@@ -40,6 +41,11 @@ class AttentionShape:
     @property
     def is_mla(self) -> bool:
         return self.partial_dim != self.head_dim
+
+    @property
+    def scale_groups(self) -> int:
+        """Scales of one cached token and KV head: 0 unless the cache is FP8."""
+        return scale_groups(self.head_dim, self.kv_dtype)
 
     @property
     def group(self) -> int:

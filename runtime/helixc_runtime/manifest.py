@@ -21,9 +21,18 @@ SCHEMA = 1
 
 Range = tuple[int, int]
 Dtype = Literal["float32", "bfloat16", "float16"]
+KvDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]  # float8: with scales, see quantize.py
 Role = Literal["context", "generation"]
 
-DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+
+
+SCALE_COLUMNS = 128  # of a cached FP8 vector that share a scale
+
+
+def scale_groups(width: int, kv_dtype: str) -> int:
+    """Scales, a byte each, of one cached token and KV head of `width` columns: none unless the cache is FP8."""
+    return -(-width // SCALE_COLUMNS) if kv_dtype == "float8_e4m3fn" else 0
 
 
 def split(size: int, parts: int, index: int) -> Range:
@@ -165,7 +174,7 @@ class Model:
     load_format: Literal["auto", "dummy"]
     seed: int  # of dummy weights
     dtype: Dtype
-    kv_dtype: Dtype
+    kv_dtype: KvDtype
     arch: ModelArch
 
 

@@ -23,22 +23,26 @@ class LayerCache:
     """Paged KV of one layer. MLA: k is [pages, block, latent + rope] and v is None (the first latent columns of k).
 
     GQA: k and v are [pages, kv_heads, block, head_dim]. Unused pages and page tails may hold anything, NaN included.
+    float8_e4m3fn: the scales lie beside, uint8, shaped as k and v with a scale for each group of columns in place of
+    the columns (quantize.py).
     """
 
     k: Tensor
     v: Tensor | None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """One new token a row. All tensors are on the compute device."""
+    """`query_tokens` (T) new tokens a row, in order, N = B * T in all. All tensors are on the compute device."""
 
-    cos: Tensor  # [B, rope_dim / 2] float32, of the row's global position, attention_factor applied
-    sin: Tensor  # [B, rope_dim / 2] float32
+    cos: Tensor  # [N, rope_dim / 2] float32, of the token's global position, attention_factor applied
+    sin: Tensor  # [N, rope_dim / 2] float32
     page_table: Tensor  # [B, max_pages] int32, physical pages of this rank's shard in order
-    lengths: Tensor  # [B] int32, local tokens to attend, the new one included where owned
-    owned: Tensor  # [B] uint8, 1 where this rank stores the new token's K/V
-    slots: Tensor  # [B] int64, page * block + offset of the new token; read only where owned
+    lengths: Tensor  # [N] int32, local tokens to attend, the new ones up to this included where owned; rises in a row
+    owned: Tensor  # [N] uint8, 1 where this rank stores the new token's K/V
+    slots: Tensor  # [N] int64, page * block + offset of the new token; read only where owned
 
 
 class Ops(Protocol):

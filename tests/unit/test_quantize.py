@@ -1,0 +1,48 @@
+"""FP8 with block scales: the nearest element of the right scale, exact when read back."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from helixc_runtime.manifest import scale_groups
+from helixc_runtime.quantize import EXPONENT_BIAS, dequantize, quantize
+
+
+@pytest.mark.parametrize("width", [64, 72, 128, 256, 576])
+def test_elements_are_the_nearest_and_exact_in_bfloat16(width: int) -> None:
+    seed = random.randrange(1 << 30)
+    generator = torch.Generator().manual_seed(seed)
+    magnitudes = 10.0 ** (torch.rand(40, 1, generator=generator) * 20 - 10)
+    x = torch.randn(40, width, generator=generator) * magnitudes
+    elements, scales = quantize(x)
+    groups = scale_groups(width, "float8_e4m3fn")
+    assert elements.dtype == torch.float8_e4m3fn and elements.shape == x.shape
+    assert scales.dtype == torch.uint8 and scales.shape == (40, groups)
+    back = dequantize(elements, scales)
+    assert torch.equal(back, back.bfloat16().float()), f"{seed=}"
+    # Half a unit in the last of 4 bits; below the least normal number, 2^-6, half of 2^-9.
+    scale = torch.exp2(scales.double() - EXPONENT_BIAS).repeat_interleave(128, 1)[:, :width]
+    bound = torch.maximum(x.double().abs() * 2.0**-4, scale * 2.0**-10)
+    assert ((back.double() - x.double()).abs() <= bound).all(), f"{seed=}"
+    largest = torch.stack([group.abs().amax(1) for group in x.double().split(128, 1)], 1)
+    exact = torch.exp2(scales.double() - EXPONENT_BIAS)
+    assert (largest <= 448 * exact).all() and (largest > 224 * exact).all(), f"{seed=}"
+
+
+def test_edges() -> None:
+    x = torch.zeros(7, 64)
+    x[1, 0] = 448.0  # the largest element, scale 1
+    x[2, 0] = 448.1  # scale 2
+    x[3, 5] = torch.nan
+    x[4, 5] = torch.inf
+    x[5, 5] = 1e-44
+    x[6, 5] = 2.0**127
+    elements, scales = quantize(x)
+    back = dequantize(elements, scales)
+    assert (back[0] == 0).all() and scales[1, 0] == EXPONENT_BIAS and scales[2, 0] == EXPONENT_BIAS + 1
+    assert back[1, 0] == 448.0 and back[2, 0] == 448.0
+    assert back[3, 5].isnan() and back[4, 5].isnan() and back[5, 5] == 0
+    assert 0.93 < back[6, 5] / x[6, 5] <= 1.07
