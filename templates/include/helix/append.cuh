@@ -177,6 +177,10 @@ HELIX_DEVICE void store_token(typename C::Cached* cache, u8* scales, i64 slot, i
   }
 }
 
+template <class C> HELIX_DEVICE bool owns(const AppendArguments<C>& a, int row) {
+  return row < a.rows && a.owned[row];
+}
+
 template <class C> HELIX_DEVICE void append_query(const AppendArguments<C>& a, int index, int lane) {
   using L = Layout<C>;
   const int row = index / C::heads, head = index % C::heads;
@@ -193,7 +197,7 @@ template <class C> HELIX_DEVICE void append_query(const AppendArguments<C>& a, i
 template <class C> HELIX_DEVICE void append_key(const AppendArguments<C>& a, int index, int lane) {
   using L = Layout<C>;
   const int row = index / C::kv_heads, kv_head = index % C::kv_heads;
-  const bool active = row < a.rows && a.owned[row];
+  const bool active = owns<C>(a, row);
   const i64 slot = active ? a.slots[row] : 0, angle = i64(row) * (C::rope_dim / 2);
   const typename C::Element* from = a.k + i64(row) * a.k_row + i64(kv_head) * a.k_head;
   Vector<C> k = load<C, L::kChunks>(from, from + L::kPlain, lane, active);
@@ -206,7 +210,7 @@ template <class C> HELIX_DEVICE void append_key(const AppendArguments<C>& a, int
 
 template <class C> HELIX_DEVICE void append_value(const AppendArguments<C>& a, int index, int lane) {
   const int row = index / C::kv_heads, kv_head = index % C::kv_heads;
-  const bool active = row < a.rows && a.owned[row];
+  const bool active = owns<C>(a, row);
   const i64 slot = active ? a.slots[row] : 0;
   const typename C::Element* from = a.v + i64(row) * a.v_row + i64(kv_head) * a.v_head;
   const Vector<C> v = load<C, Layout<C>::kChunks>(from, from + Layout<C>::kPlain, lane, active);
