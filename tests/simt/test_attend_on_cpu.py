@@ -16,7 +16,7 @@ from helixc.codegen.render import KernelSource
 from helixc.codegen.template_root import template_root
 from helixc_runtime import ops_cuda
 from helixc_runtime.attention_shape import AttentionShape
-from tests.gpu.kernel_cases import check_attend, check_elements, gqa, mla, random_case
+from tests.gpu.kernel_cases import check_append, check_attend, check_elements, gqa, mla, random_case
 from tests.simt import cpu_kernel
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -70,6 +70,15 @@ def test_attend_agrees_with_the_oracle(
     lengths = [shape.block + 2, draw.randint(1, 70), 0, 1, 70, draw.randint(2, 130)]
     ops = attend_ops(shape, tmp_path, monkeypatch, draw.choice([1, 20, 400]))
     check_attend(ops, random_case(shape, lengths, CPU, seed, appended=True), BOUNDS[shape.dtype])
+
+
+@pytest.mark.parametrize("name", ["mla fp8 4 tokens", "gqa fp8 3 tokens"])
+def test_attend_reads_what_append_stored(name: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = SHAPES[name]
+    ops = cpu_kernel.cpu_ops(shape, 1, tmp_path, monkeypatch, 4)
+    case = random_case(shape, [shape.block + 2, 7, 0, 3, 0, 35], CPU, seed)
+    check_append(ops, case, BOUNDS[shape.dtype])
+    check_attend(ops, case, BOUNDS[shape.dtype])
 
 
 def test_every_fp8_element_is_read_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
