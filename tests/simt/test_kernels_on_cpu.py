@@ -186,4 +186,6 @@ def test_a_wrong_append_is_noticed(
     print("seed", seed)
     ops = cpu_ops(APPEND_SHAPES[shape], 1, tmp_path, monkeypatch, 1, root, only_append=True)
     with pytest.raises(AssertionError):
-        check_append(ops, random_case(APPEND_SHAPES[shape], [5, 9, 0, 70, 8], CPU, seed), BOUNDS[APPEND_SHAPES[shape].dtype])
+        check_append(
+            ops, random_case(APPEND_SHAPES[shape], [5, 9, 0, 70, 8], CPU, seed), BOUNDS[APPEND_SHAPES[shape].dtype]
+        )
