@@ -114,15 +114,15 @@ class CudaOps:
 
     def _expect(self, dtype: str, **tensors: Tensor | None) -> None:
         """Raise ValueError unless each tensor (None: not there) is of `dtype`, contiguous, and on this GPU."""
+        wanted = getattr(torch, dtype)
         for name, tensor in tensors.items():
-            if tensor is None:
+            if tensor is None or (tensor.dtype is wanted and tensor.device == self.device and tensor.is_contiguous()):
                 continue
-            if tensor.dtype != getattr(torch, dtype):
+            if tensor.dtype != wanted:
                 raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected {dtype}")
             if tensor.device != self.device:
                 raise ValueError(f"{name} is on {tensor.device}, expected {self.device}")
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name} is not contiguous: strides {tensor.stride()} of shape {list(tensor.shape)}")
+            raise ValueError(f"{name} is not contiguous: strides {tensor.stride()} of shape {list(tensor.shape)}")
 
 
 def _load(kernel: Kernel, artifact_dir: Path, device: torch.device) -> LoadedKernel:
