@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from helixc_runtime.attention_shape import AttentionShape
+from helixc_runtime.switches import read_switches
 
 Param = int | float | str | bool
 Params = tuple[tuple[str, Param], ...]
@@ -23,20 +24,26 @@ class KernelSpec:
     arch: str
 
 
-@lru_cache(maxsize=256)
 def problems(shape: AttentionShape, cp: int, arch: str) -> tuple[KernelSpec, ...]:
     """The kernels that decoding `shape` needs on each of `cp` ranks.
 
-    Also with cp = 1, so that every deployment runs the same steps; its combine merges one partial.
+    Also with cp = 1, so that every deployment runs the same steps; its combine merges one partial. HELIXC_PORTABLE=1
+    chooses as if Hopper had no kernels of its own.
     """
-    return _append(shape, arch), *attention(shape, arch), _combine(shape, cp, arch)
+    return _problems(shape, cp, arch, read_switches().portable)
 
 
-def attention(shape: AttentionShape, arch: str) -> tuple[KernelSpec, ...]:
-    """The kernels of Ops.attend: Hopper's own where they serve the shape, else the portable ones."""
-    if arch == "sm_90a" and _hopper_mla(shape):
+@lru_cache(maxsize=256)
+def _problems(shape: AttentionShape, cp: int, arch: str, portable: bool) -> tuple[KernelSpec, ...]:
+    return _append(shape, arch), *attention(shape, arch, portable), _combine(shape, cp, arch)
+
+
+def attention(shape: AttentionShape, arch: str, portable: bool = False) -> tuple[KernelSpec, ...]:
+    """The kernels of Ops.attend: Hopper's own where they serve the shape, else, or if wanted, the portable ones."""
+    hopper = arch == "sm_90a" and not portable
+    if hopper and _hopper_mla(shape):
         return _mla_schedule(arch), _mla_partial(shape, arch), _mla_merge(shape, arch)
-    if arch == "sm_90a" and _hopper_gqa(shape):
+    if hopper and _hopper_gqa(shape):
         return _gqa_schedule(shape, arch), _gqa_partial(shape, arch)
     return _partial(shape, arch), _merge(shape, arch)
 

@@ -15,6 +15,8 @@ from helixc_runtime.cubin import LoadedKernel, check_arch
 from helixc_runtime.manifest import Kernel
 from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
 from helixc_runtime.shape_checks import check_append, check_attend, check_combine
+from helixc_runtime.switches import read_switches
+from helixc_runtime.watched_kernel import WatchedKernel
 
 _WARP = 32
 
@@ -130,7 +132,9 @@ def _load(kernel: Kernel, artifact_dir: Path, device: torch.device) -> LoadedKer
         raise ValueError(f"kernel {kernel.name} was planned but not compiled")
     arguments, threads = _ARGUMENTS[kernel.template], int(kernel.params["threads"])
     shared, early = int(kernel.params.get("dynamic_shared", 0)), kernel.template in EARLY
-    return LoadedKernel(artifact_dir / kernel.cubin, kernel.name, arguments, threads, device, shared, early)
+    described = (artifact_dir / kernel.cubin, kernel.name, arguments, threads, device, shared, early)
+    switches = read_switches()
+    return WatchedKernel(switches, *described) if switches.sync or switches.log_launches else LoadedKernel(*described)
 
 
 def _check_kernel(kernel: Kernel, shape: AttentionShape) -> None:
