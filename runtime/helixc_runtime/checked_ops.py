@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from helixc_runtime.ops import DecodeBatch, LayerCache, Ops, Partial
+from helixc_runtime.ops import DecodeBatch, LayerCache, Ops, Partial, Projections
 
 
 class CheckedOps:
@@ -24,16 +24,17 @@ class CheckedOps:
         self._layer = self._first_layer - 1
         self._ops.begin_step(batch)
 
-    def append(self, q: Tensor, k: Tensor, v: Tensor | None, cache: LayerCache, batch: DecodeBatch) -> Tensor:
+    def append(self, new: Projections, cache: LayerCache, batch: DecodeBatch) -> Tensor:
         """See Ops.append."""
         self._layer += 1
         used = batch.lengths > 0
-        for name, given in (("q", q), ("k", k), ("v", v)):
-            if given is not None:
-                self._expect_numbers(f"{name} given to append", given, used)
-        rotated = self._ops.append(q, k, v, cache, batch)
-        self._expect_numbers("q of append", rotated, used)
-        return rotated
+        for name in new.__slots__:
+            given: Tensor | None = getattr(new, name)
+            if given is not None:  # a norm's weight [width] is used by all tokens
+                self._expect_numbers(f"{name} given to append", given, used if given.dim() > 1 else used.any())
+        q = self._ops.append(new, cache, batch)
+        self._expect_numbers("q of append", q, used)
+        return q
 
     def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Partial:
         """See Ops.attend."""
