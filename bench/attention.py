@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runtime")]
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bench.gpu_timing import L2_BYTES, READ, compiled, machine, medians  # noqa: E402
+from bench.gpu_timing import L2_BYTES, READ, compiled, first_gpu, machine, medians  # noqa: E402
 from bench.peers import Attention, Peer, Problem, peers  # noqa: E402
 from helixc.codegen.build import compile_all, render_all  # noqa: E402
 from helixc.codegen.problem import problems  # noqa: E402
@@ -41,6 +41,8 @@ from tests.gpu.kernel_cases import gqa, mla  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "attention.json"
 K, BLOCK, POOL_BYTES = 1024, 64, 2_400_000_000
+LEAST_PAGES = 9 * K  # for the longest case
+MOST_LAUNCHES = 64  # of one graph
 GOAL = 1.0  # peer's time / ours, at least; of the fp8 part, bfloat16's time / ours
 MOST_ERROR = 1e-2  # relative, between two implementations
 RAGGED = [int(K * 2 ** (i * 8 / 15)) for i in range(16)]  # 1k to 256k
@@ -109,8 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(PARTS), help=f"parts, by default {','.join(PARTS)}")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    device = torch.device("cuda", 0)
-    torch.cuda.set_device(device)
+    device = first_gpu()
     found, failures = peers(), []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -188,7 +189,7 @@ def measure(bench: Bench, shape: AttentionShape, cases: dict[str, list[int]]) ->
         agree(runs)
         runs["read"] = read(problem, bench.read)
         sets = len(problem.tables)
-        launches = sets * max(1, min(64, int(2000 / (problem.kv_bytes / 3e6 + 5))) // sets)
+        launches = sets * max(1, min(MOST_LAUNCHES, int(2000 / (problem.kv_bytes / 3e6 + 5))) // sets)
         yield report(case, problem, medians(runs, sets, launches))
 
 
@@ -231,7 +232,7 @@ def pool(shape: AttentionShape, device: torch.device) -> tuple[LayerCache, Layer
     """Pages of random numbers, about 2.4 GB in bfloat16; of an FP8 pool, the same values in bfloat16 as well."""
     size = (BLOCK, shape.head_dim) if shape.is_mla else (shape.kv_heads, BLOCK, shape.head_dim)
     matrices = 1 if shape.is_mla else 2
-    pages = max(POOL_BYTES // (matrices * 2 * math.prod(size)), 9 * K)
+    pages = max(POOL_BYTES // (matrices * 2 * math.prod(size)), LEAST_PAGES)
     wide = [torch.empty(pages, *size, dtype=torch.bfloat16, device=device) for _ in range(matrices)]
     narrow = [torch.empty(t.shape, dtype=torch.float8_e4m3fn, device=device) for t in wide if shape.scale_groups]
     scale_size = (pages, *size[:-1], shape.scale_groups)

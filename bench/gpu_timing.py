@@ -110,6 +110,12 @@ def empty_kernel(folder: Path) -> LoadedKernel:
     return compiled(EMPTY, "empty", (), 32, folder)
 
 
+def first_gpu() -> torch.device:
+    """The GPU to measure on, made the current one."""
+    torch.cuda.set_device(0)
+    return torch.device("cuda", 0)
+
+
 def machine() -> dict[str, object]:
     """The GPU and the versions that a result was made with."""
     return {

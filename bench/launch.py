@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runtime")]
 
 import torch  # noqa: E402
 
-from bench.gpu_timing import compiled, empty_kernel, host_us, machine  # noqa: E402
+from bench.gpu_timing import compiled, empty_kernel, first_gpu, host_us, machine  # noqa: E402
 from bench.steps import BLOCK, Bench, empty_cache, heads_of, make_ops, random_batch, random_projections  # noqa: E402
 from helixc_runtime.attention_shape import AttentionShape  # noqa: E402
 from tests.gpu.kernel_cases import gqa, mla  # noqa: E402
@@ -36,8 +36,7 @@ extern "C" __global__ void small(int* a, int* b, int* c, int* d, int* e, int* f,
 
 def main() -> None:
     """Measure and write the results."""
-    device = torch.device("cuda", 0)
-    torch.cuda.set_device(device)
+    device = first_gpu()
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(Path(temporary), device, empty_kernel(Path(temporary)), 0.0)
         rows = [

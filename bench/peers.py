@@ -93,12 +93,16 @@ def sdpa(problem: Problem) -> Attention:
     ]  # [B, KH, L, D] each
 
     def launch(i: int) -> Tensor:
-        k, v = contiguous[0][i], contiguous[1][i]
-        flash = torch.ops.aten._scaled_dot_product_flash_attention
-        o: Tensor = flash(q, k, v, 0.0, False, False, scale=problem.shape.scale)[0]
+        o, _ = flash(q, contiguous[0][i], contiguous[1][i], problem.shape.scale)
         return o.squeeze(2)
 
     return launch
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q [B, H, 1, D], k and v [B, KH, L, D] -> o [B, H, 1, D], lse [B, H, 1] float32."""
+    o, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
+    return o, lse
 
 
 def flashinfer_gqa(problem: Problem) -> Attention:

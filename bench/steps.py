@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runtime")]
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bench.gpu_timing import L2_BYTES, Launch, copy_bandwidth, empty_kernel, machine, medians  # noqa: E402
+from bench.gpu_timing import L2_BYTES, Launch, copy_bandwidth, empty_kernel, first_gpu, machine, medians  # noqa: E402
 from helixc.codegen.build import compile_all, render_all  # noqa: E402
 from helixc.codegen.problem import problems  # noqa: E402
 from helixc_runtime.attention_shape import AttentionShape  # noqa: E402
@@ -67,8 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="append,combine", help="by default both")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    device = torch.device("cuda", 0)
-    torch.cuda.set_device(device)
+    device = first_gpu()
     rows, failures = [], []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
