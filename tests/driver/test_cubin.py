@@ -112,6 +112,11 @@ def test_the_configuration_is_that_of_cuda_bindings(early: bool, pick: random.Ra
         assert pointers[0] == 0
 
 
+def test_a_kernel_without_arguments(driver: Driver, tmp_path: Path) -> None:
+    kernel(tmp_path, driver, ()).launch((3, 1, 1))
+    assert driver.launches == 1 and tuple(driver.record.grid) == (3, 1, 1)
+
+
 def test_dynamic_shared_memory_is_asked_for(driver: Driver, tmp_path: Path) -> None:
     from cuda.bindings.driver import CUfunction_attribute
 
