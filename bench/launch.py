@@ -1,4 +1,4 @@
-"""What eager launches cost the host: `python bench/launch.py [RESULT.json]` writes bench/results/launch.json.
+"""What eager launches cost the host: `python bench/launch.py [--out FILE]`.
 
 Microseconds of Python, torch and the driver for a call that enqueues its kernels and waits for nothing: batches of 300
 calls, the GPU idle before each; medians. A captured graph pays none of this at its replays.
@@ -6,11 +6,12 @@ calls, the GPU idle before each; medians. A captured graph pays none of this at 
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,11 @@ extern "C" __global__ void small(int* a, int* b, int* c, int* d, int* e, int* f,
 """
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    out: Path = parser.parse_args(arguments).out
     device = first_gpu()
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(Path(temporary), device, empty_kernel(Path(temporary)), 0.0)
@@ -44,7 +48,7 @@ def main() -> None:
             *(row for shape in (mla(64, BLOCK), gqa(64, 8, 128, BLOCK)) for row in ops(bench, shape)),
         ]
     result: dict[str, Any] = machine() | {"host": f"Python {platform.python_version()}", "rows": rows}
-    (Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS).write_text(json.dumps(result, indent=1) + "\n")
+    out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     over = [row for row in rows if row["launches"] and row["us"] / row["launches"] > GOAL_US]
     print(

@@ -192,9 +192,8 @@ def test_goals_of_steps(
     assert steps.summary([row], ["x"]).endswith("not measured: x") and ("any" in steps.summary([row], [])) is is_missed
 
 
-def test_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["launch.py", str(tmp_path / "launch.json")])
-    launch.main()
+def test_launch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launch.main(["--out", str(tmp_path / "launch.json")])
     rows = json.loads((tmp_path / "launch.json").read_text())["rows"]
     assert [row["what"].split(",")[0] for row in rows if row["launches"]] == [
         "a launch without arguments",
