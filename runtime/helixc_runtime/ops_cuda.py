@@ -137,8 +137,12 @@ class CudaOps:
             if tensor is None:
                 continue
             self._expect_place(name, tensor, self.shape.dtype)
-            steps = [step for step, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1]
-            if tensor.stride(-1) != 1 or any(step % columns or step >= 1 << 31 for step in steps):
+            *steps, last = tensor.stride()
+            loadable = last == 1
+            for step, size in zip(steps, tensor.shape, strict=False):
+                if size > 1 and (step % columns or step >= 1 << 31):
+                    loadable = False
+            if not loadable:
                 raise ValueError(f"{name} has strides {tensor.stride()}, expected multiples of {columns} and then 1")
             if tensor.data_ptr() % (columns * tensor.element_size()):
                 raise ValueError(f"{name} does not start at a multiple of {columns * tensor.element_size()} bytes")
