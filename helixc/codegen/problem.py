@@ -35,15 +35,15 @@ def problems(shape: AttentionShape, cp: int, arch: str) -> tuple[KernelSpec, ...
 
 @lru_cache(maxsize=256)
 def _problems(shape: AttentionShape, cp: int, arch: str, portable: bool) -> tuple[KernelSpec, ...]:
-    return _append(shape, arch), *attention(shape, arch, portable), _combine(shape, cp, arch)
+    attend = (_partial(shape, arch), _merge(shape, arch)) if portable else attention(shape, arch)
+    return _append(shape, arch), *attend, _combine(shape, cp, arch)
 
 
-def attention(shape: AttentionShape, arch: str, portable: bool = False) -> tuple[KernelSpec, ...]:
-    """The kernels of Ops.attend: Hopper's own where they serve the shape, else, or if wanted, the portable ones."""
-    hopper = arch == "sm_90a" and not portable
-    if hopper and _hopper_mla(shape):
+def attention(shape: AttentionShape, arch: str) -> tuple[KernelSpec, ...]:
+    """The kernels of Ops.attend: Hopper's own where they serve the shape, else the portable ones."""
+    if arch == "sm_90a" and _hopper_mla(shape):
         return _mla_schedule(arch), _mla_partial(shape, arch), _mla_merge(shape, arch)
-    if hopper and _hopper_gqa(shape):
+    if arch == "sm_90a" and _hopper_gqa(shape):
         return _gqa_schedule(shape, arch), _gqa_partial(shape, arch)
     return _partial(shape, arch), _merge(shape, arch)
 
