@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runtime")]
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bench.gpu_timing import L2_BYTES, READ, compiled, first_gpu, machine, medians  # noqa: E402
+from bench.gpu_timing import L2_BYTES, READ, compiled, earlier_rows, first_gpu, machine, medians  # noqa: E402
 from bench.peers import Attention, Peer, Problem, peers  # noqa: E402
 from helixc.codegen.build import compile_all, render_all  # noqa: E402
 from helixc.codegen.problem import problems  # noqa: E402
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parts = options.only.split(",")
         result: dict[str, Any] = machine()
         result["versions"] |= {peer.name: peer.version for peer in found}
-        result["rows"] = kept(options.out, result, parts)
+        result["rows"] = [row for row in earlier_rows(options.out, result) if part_of(row) not in parts]
         for part in parts:
             start = time.monotonic()
             for shape, cases in PARTS[part]:
@@ -137,16 +137,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{part}: {time.monotonic() - start:.0f} s", flush=True)
     print(summary(result["rows"], failures))
     return 1 if failures else 0
-
-
-def kept(path: Path, result: dict[str, Any], measured: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of parts that are not measured now, if the file has them from the same machine and versions."""
-    if not path.exists():
-        return []
-    old = json.loads(path.read_text())
-    if any(old[key] != result[key] for key in ("gpu", "versions")):
-        return []
-    return [row for row in old["rows"] if part_of(row) not in measured]
 
 
 def part_of(row: dict[str, Any]) -> str:

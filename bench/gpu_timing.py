@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -116,7 +118,16 @@ def first_gpu() -> torch.device:
     return torch.device("cuda", 0)
 
 
-def machine() -> dict[str, object]:
+def earlier_rows(path: Path, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows that the file at `path` has, if it is there and from the GPU and the versions of `result`."""
+    if not path.exists():
+        return []
+    old = json.loads(path.read_text())
+    same = all(old[key] == result[key] for key in ("gpu", "versions"))
+    return list(old["rows"]) if same else []
+
+
+def machine() -> dict[str, Any]:
     """The GPU and the versions that a result was made with."""
     return {
         "gpu": torch.cuda.get_device_name(),

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runtime")]
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bench.gpu_timing import L2_BYTES, Launch, copy_bandwidth, empty_kernel, first_gpu, machine, medians  # noqa: E402
+from bench.gpu_timing import L2_BYTES, Launch, copy_bandwidth, earlier_rows, empty_kernel, first_gpu, machine, medians  # noqa: E402
 from helixc.codegen.build import compile_all, render_all  # noqa: E402
 from helixc.codegen.problem import problems  # noqa: E402
 from helixc_runtime.attention_shape import AttentionShape  # noqa: E402
@@ -68,11 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     device = first_gpu()
-    rows, failures = [], []
+    ops, failures = options.only.split(","), []
+    result = machine()
+    rows = result["rows"] = [row for row in earlier_rows(options.out, result) if row["op"] not in ops]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         bench = Bench(folder, device, empty_kernel(folder), copy_bandwidth(device))
-        for op in options.only.split(","):
+        result["copy_bandwidth"] = round(bench.bandwidth / 1e12, 3)
+        for op in ops:
             for variant in {"append": append_variants, "combine": combine_variants}[op](bench):
                 try:
                     for step in variant():
@@ -82,8 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     failures.append(f"{op}: {type(error).__name__}: {error}")
                     print(failures[-1], flush=True)
                 torch.cuda.empty_cache()
-    result = machine() | {"copy_bandwidth": round(bench.bandwidth / 1e12, 3), "rows": rows}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(summary(rows, failures))
     return 1 if failures else 0
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from bench import attention, gpu_timing, launch, peers, steps
-from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
+from helixc_runtime.ops import DecodeBatch, LayerCache, Partial, Projections
 from helixc_runtime.ops_torch import TorchOps
 from tests.gpu.kernel_cases import gqa, mla
 
@@ -176,6 +176,22 @@ def test_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert row["floor_us"] == pytest.approx(moved / 3e12 * 1e6, abs=6e-4)
     assert row["ours_us"] == 500 and row["share"] == pytest.approx(row["floor_us"] / 500, abs=6e-4)
     assert "goals missed: 0 of 12" in capsys.readouterr().out  # everything takes as long as an empty kernel
+    steps.main(["--out", str(tmp_path / "steps.json"), "--only", "append"])
+    again = json.loads((tmp_path / "steps.json").read_text())
+    assert again["rows"] == result["rows"][8:] + result["rows"][:8]
+
+
+def test_a_step_that_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Refusing(TorchOps):
+        def append(self, new: Projections, cache: LayerCache, batch: DecodeBatch) -> torch.Tensor:
+            raise ValueError("no such kernel")
+
+    monkeypatch.setattr(steps, "make_ops", lambda bench, shape, cp: Refusing(shape))
+    assert steps.main(["--out", str(tmp_path / "steps.json")]) == 1
+    assert capsys.readouterr().out.count("not measured: append: ValueError: no such kernel") == 4
+    assert {row["op"] for row in json.loads((tmp_path / "steps.json").read_text())["rows"]} == {"combine"}
 
 
 @pytest.mark.parametrize(
