@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from helixc_runtime.attention_shape import AttentionShape
+from helixc_runtime.switches import read_switches
 
 Param = int | float | str | bool
 Params = tuple[tuple[str, Param], ...]
@@ -23,13 +24,19 @@ class KernelSpec:
     arch: str
 
 
-@lru_cache(maxsize=256)
 def problems(shape: AttentionShape, cp: int, arch: str) -> tuple[KernelSpec, ...]:
     """The kernels that decoding `shape` needs on each of `cp` ranks.
 
-    Also with cp = 1, so that every deployment runs the same steps; its combine merges one partial.
+    Also with cp = 1, so that every deployment runs the same steps; its combine merges one partial. HELIXC_PORTABLE=1
+    chooses as if Hopper had no kernels of its own.
     """
-    return _append(shape, arch), *attention(shape, arch), _combine(shape, cp, arch)
+    return _problems(shape, cp, arch, read_switches().portable)
+
+
+@lru_cache(maxsize=256)
+def _problems(shape: AttentionShape, cp: int, arch: str, portable: bool) -> tuple[KernelSpec, ...]:
+    attend = (_partial(shape, arch), _merge(shape, arch)) if portable else attention(shape, arch)
+    return _append(shape, arch), *attend, _combine(shape, cp, arch)
 
 
 def attention(shape: AttentionShape, arch: str) -> tuple[KernelSpec, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from helixc_runtime.artifact import Artifact, load
 from helixc_runtime.attention_shape import attention_shape
+from helixc_runtime.checked_ops import CheckedOps
 from helixc_runtime.comm import Comm, Connection, TorchComm, connect
 from helixc_runtime.events import Emitter
 from helixc_runtime.handoff import DistTransport, Sending, outgoing, pack, receive
@@ -27,6 +28,7 @@ from helixc_runtime.ops_torch import TorchOps
 from helixc_runtime.sampling import finish_reason, sample, seed_of
 from helixc_runtime.scheduler import Scheduler, assigned, attends, new_row
 from helixc_runtime.step import DecodeStep, RowInput, StepResult
+from helixc_runtime.switches import read_switches
 from helixc_runtime.weights import load_weights
 
 # Collectives wait this long. A rank that dies closes its connections at once and one that hangs misses its
@@ -114,7 +116,12 @@ def load_decoder(plan: Plan, rank: Rank, comm: Comm, device: torch.device, emit:
 
 
 def make_ops(artifact: Artifact, rank: Rank, device: torch.device, emit: Emitter) -> Ops:
-    """The fused operations: the artifact's cubins on a GPU, torch on the CPU."""
+    """The fused operations: the artifact's cubins on a GPU, torch on the CPU. HELIXC_CHECK_NAN=1 checks either."""
+    ops = _device_ops(artifact, rank, device, emit)
+    return CheckedOps(ops, rank.rank, rank.layers[0]) if read_switches().check_nan else ops
+
+
+def _device_ops(artifact: Artifact, rank: Rank, device: torch.device, emit: Emitter) -> Ops:
     shape = attention_shape(artifact.plan.model, rank, artifact.plan.tokens_per_block)
     if device.type == "cpu":
         return TorchOps(shape)

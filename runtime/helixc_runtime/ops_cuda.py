@@ -15,6 +15,8 @@ from helixc_runtime.cubin import LoadedKernel, check_arch
 from helixc_runtime.manifest import Kernel
 from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Partial, Projections
 from helixc_runtime.shape_checks import check_append, check_attend, check_combine
+from helixc_runtime.switches import read_switches
+from helixc_runtime.watched_kernel import WatchedKernel
 
 _WARP = 32
 
@@ -136,20 +138,24 @@ class CudaOps:
             if tensor is None:
                 continue
             self._expect_place(name, tensor, self.shape.dtype)
-            steps = [step for step, size in zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True) if size > 1]
-            if tensor.stride(-1) != 1 or any(step % columns or step >= 1 << 31 for step in steps):
+            *steps, last = tensor.stride()
+            loadable = last == 1
+            for step, size in zip(steps, tensor.shape, strict=False):
+                if size > 1 and (step % columns or step >= 1 << 31):
+                    loadable = False
+            if not loadable:
                 raise ValueError(f"{name} has strides {tensor.stride()}, expected multiples of {columns} and then 1")
             if tensor.data_ptr() % (columns * tensor.element_size()):
                 raise ValueError(f"{name} does not start at a multiple of {columns * tensor.element_size()} bytes")
 
     def _expect(self, dtype: str, **tensors: Tensor | None) -> None:
         """Raise ValueError unless each tensor (None: not there) is of `dtype`, contiguous, and on this GPU."""
+        wanted = getattr(torch, dtype)
         for name, tensor in tensors.items():
-            if tensor is None:
+            if tensor is None or (tensor.dtype is wanted and tensor.device == self.device and tensor.is_contiguous()):
                 continue
             self._expect_place(name, tensor, dtype)
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name} is not contiguous: strides {tensor.stride()} of shape {list(tensor.shape)}")
+            raise ValueError(f"{name} is not contiguous: strides {tensor.stride()} of shape {list(tensor.shape)}")
 
     def _expect_place(self, name: str, tensor: Tensor, dtype: str) -> None:
         if tensor.dtype != getattr(torch, dtype):
@@ -163,7 +169,9 @@ def _load(kernel: Kernel, artifact_dir: Path, device: torch.device) -> LoadedKer
         raise ValueError(f"kernel {kernel.name} was planned but not compiled")
     arguments, threads = _ARGUMENTS[kernel.template], int(kernel.params["threads"])
     shared, early = int(kernel.params.get("dynamic_shared", 0)), kernel.template in EARLY
-    return LoadedKernel(artifact_dir / kernel.cubin, kernel.name, arguments, threads, device, shared, early)
+    described = (artifact_dir / kernel.cubin, kernel.name, arguments, threads, device, shared, early)
+    switches = read_switches()
+    return WatchedKernel(switches, *described) if switches.sync or switches.log_launches else LoadedKernel(*described)
 
 
 def _check_kernel(kernel: Kernel, shape: AttentionShape) -> None:

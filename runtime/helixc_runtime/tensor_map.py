@@ -53,11 +53,12 @@ class TensorMaps:
     def __init__(self) -> None:
         self._made: dict[tuple[int, tuple[int, ...], tuple[int, ...]], TensorMap] = {}
 
-    def get(self, tensor: Tensor, dims: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> TensorMap:
+    def get(self, tensor: Tensor, dims: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> TensorMap:
         """See tensor_map."""
-        key = (tensor.data_ptr(), tuple(dims), tuple(box))
-        if key not in self._made:
+        key = (tensor.data_ptr(), dims, box)
+        made = self._made.get(key)
+        if made is None:
             if len(self._made) >= self._MOST:
                 self._made.clear()
-            self._made[key] = tensor_map(tensor, dims, strides, box)
-        return self._made[key]
+            made = self._made[key] = tensor_map(tensor, dims, strides, box)
+        return made

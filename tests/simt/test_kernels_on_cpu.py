@@ -144,6 +144,7 @@ def test_append_of_strides_that_no_load_fits_is_refused(tmp_path: Path, monkeypa
         (replace(case.new, kv=wide[:, 4:580]), "kv does not start at a multiple of 16 bytes"),
         (replace(case.new, q_rope=case.new.q_rope.transpose(1, 2).contiguous().transpose(1, 2)), "q_rope has strides"),
         (replace(case.new, norm=case.new.norm.float()), "norm is float32, expected bfloat16"),
+        (replace(case.new, norm=case.new.norm.repeat(2)[::2]), r"norm has strides \(2,\)"),
     ):
         with pytest.raises(ValueError, match=message):
             ops.append(new, case.cache, case.batch)
