@@ -297,9 +297,9 @@ def test_query_tokens_equal_as_many_calls_of_one(shape: AttentionShape, seed: in
     ids=["mla", "gqa"],
 )
 def test_fp8_loses_little(shape: AttentionShape, seed: int) -> None:
-    """An element's error is at most 1/16 and 2.4% in the mean; scores' errors add theirs."""
-    error = quantization_error(random_case(shape, [129, 300, 33, 500, 1, 64, 200, 90], CPU, seed, appended=True))
-    assert 1e-2 < error <= 4e-2
+    """Values are off by 2.4% (root mean square). Scores add as much of theirs as they vary, here by about a half."""
+    case = random_case(shape, [129, 300, 200, 180, 256, 230], CPU, seed, appended=True)
+    assert 1e-2 < quantization_error(replace(case, q=case.q / 2)) <= 4e-2
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4])
