@@ -36,13 +36,6 @@ SHAPES = [
     gqa(9, 3, 64, 4, "float32"),
     gqa(13, 1, 72, 64, "float16"),
 ]
-ATTENTION = [
-    mla(128, 32, kv_dtype="float8_e4m3fn", query_tokens=4),
-    mla(16, 4, "float32", kv_dtype="float8_e4m3fn"),
-    mla(64, 64, query_tokens=2),
-    gqa(64, 8, 128, 32, kv_dtype="float8_e4m3fn"),
-    gqa(13, 1, 72, 64, "float16", kv_dtype="float8_e4m3fn", query_tokens=3),
-]
 APPENDS = [
     mla(128, 64, kv_dtype="float8_e4m3fn"),
     mla(16, 32, "float32", kv_dtype="float8_e4m3fn"),
@@ -50,6 +43,13 @@ APPENDS = [
     replace(gqa(64, 4, 128, 32, kv_dtype="float8_e4m3fn"), qk_norm=True),
     gqa(1, 1, 256, 16, "float16", kv_dtype="float8_e4m3fn"),
     replace(gqa(3, 1, 72, 4), rope_dim=2),
+]
+ATTENTION = [
+    mla(128, 32, kv_dtype="float8_e4m3fn", query_tokens=4),
+    mla(16, 4, "float32", kv_dtype="float8_e4m3fn"),
+    mla(64, 64, query_tokens=2),
+    gqa(64, 8, 128, 32, kv_dtype="float8_e4m3fn"),
+    gqa(13, 1, 72, 64, "float16", kv_dtype="float8_e4m3fn", query_tokens=3),
 ]
 
 
@@ -60,9 +60,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _specs() -> tuple[KernelSpec, ...]:
     whole = (s for arch in ARCHES for shape in SHAPES for s in problems(shape, 2, arch))
-    others = (s for arch in ARCHES for shape in ATTENTION for s in attention(shape, arch))
     appends = (problems(shape, 2, arch)[0] for arch in ARCHES for shape in APPENDS)
-    return tuple(dict.fromkeys((*whole, *others, *appends)))
+    attends = (s for arch in ARCHES for shape in ATTENTION for s in attention(shape, arch))
+    return tuple(dict.fromkeys((*whole, *appends, *attends)))
 
 
 def _small() -> tuple[KernelSource, ...]:
