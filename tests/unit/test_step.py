@@ -86,10 +86,10 @@ def test_padding_changes_nothing(family: str, tmp_path: Path) -> None:
         results[slots] = [(result.logits[slot].clone(), int(result.tokens[slot])) for slot in slots], cache.layers
     (alone, caches), (padded, padded_caches) = results.values()
     for (logits, token), (other, other_token) in zip(alone, padded, strict=True):
-        assert (logits - other).abs().max() <= 1e-5, f"{seed=}"
+        assert (logits - other).abs().max() <= 1e-4, f"{seed=}"
         assert token == other_token, f"{seed=}"
     for one, two in zip(caches, padded_caches, strict=True):
-        assert (one.k - two.k).abs().max() <= 1e-5
+        assert (one.k - two.k).abs().max() <= 1e-4
         assert (one.k != two.k).sum() <= one.k[:1].numel(), "at most the new tokens are rounded otherwise"
 
 
