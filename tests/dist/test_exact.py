@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from examples.tiny_checkpoint import make_checkpoint
 from helixc.plan.verify import verify
@@ -15,7 +16,7 @@ from helixc.spec.spec import RoleSpec
 from helixc_runtime.job import Request
 from helixc_runtime.sampling import could_sample, sample
 from tests.deployments import plan_of, role
-from tests.dist.exactness import Comparison, compare, drawn, random_prompts
+from tests.dist.exactness import Comparison, compare, drawn, random_prompts, routing_gap
 from tests.dist.harness import deploy, request
 
 MOE = ("deepseek-v3-lite", "deepseek-v2", "qwen3-moe")
@@ -172,3 +173,20 @@ def test_dummy_weights_do_not_depend_on_the_layout(tmp_path: Path) -> None:
         tokens.append((outcome.tokens, outcome.logits))
     assert tokens[0][0] == tokens[1][0]
     assert all((tokens[0][1][i] - tokens[1][1][i]).abs().max() < 1e-4 for i in (0, 1))
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_a_tie_between_experts_is_seen(family: str, tmp_path: Path) -> None:
+    """Random weights leave a gap; a router that gives all experts the same score does not."""
+    checkpoint = make_checkpoint(family, tmp_path / "checkpoint", seed=random.randrange(2**31), layers=3)
+    plan = plan_of(str(checkpoint), role(), role())
+    assert 0 < routing_gap(plan, random_prompts([5], 1)[0]) < 1
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith("gate.weight"):
+            tensor.zero_()
+        if name.endswith("e_score_correction_bias"):
+            tensor.fill_(0.5)
+    save_file(tensors, file)
+    assert routing_gap(plan, random_prompts([5], 1)[0]) == 0
