@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from helixc_runtime.manifest import Model, Rank, local_length, local_slot, owner
+from helixc_runtime.manifest import Model, Rank, local_length, local_slot, owner, scale_groups
 from helixc_runtime.models.rotary import Rotary
 from helixc_runtime.ops import DecodeBatch, LayerCache
+from helixc_runtime.quantize import unpack
 
 
 @dataclass(slots=True)
@@ -43,15 +44,18 @@ class KvCache:
     def __init__(self, model: Model, rank: Rank, block: int, device: torch.device) -> None:
         self.block, self.cp, self.cp_rank, self.device = block, len(rank.groups.cp), rank.cp_rank, device
         pages = max(1, rank.memory.kv_capacity_tokens // block)
-        heads, dim = rank.kv_heads[1] - rank.kv_heads[0], model.arch.head_dim
-        dtype = getattr(torch, model.kv_dtype)
-        shape = (pages, block, dim) if model.arch.mla else (pages, heads, block, dim)
+        dim, groups = model.arch.head_dim, scale_groups(model.arch.head_dim, model.kv_dtype)
+        tokens = (pages, block) if model.arch.mla else (pages, rank.kv_heads[1] - rank.kv_heads[0], block)
 
-        def pool() -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+        def pools(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+            k, v = (torch.empty((*tokens, width), dtype=dtype, device=device) for _ in "kv")
+            return k, None if model.arch.mla else v
 
-        layers = range(*rank.layers)
-        self.layers = [LayerCache(pool(), None if model.arch.mla else pool()) for _ in layers]
+        def layer() -> LayerCache:
+            scales = pools(groups, torch.uint8) if groups else (None, None)
+            return LayerCache(*pools(dim, getattr(torch, model.kv_dtype)), *scales)
+
+        self.layers = [layer() for _ in range(*rank.layers)]
         self._free = list(range(pages - 1, -1, -1))
         self._tables: dict[int, list[int]] = {}
 
@@ -76,23 +80,20 @@ class KvCache:
     def write_prompt(self, row: Row, layer: int, heads: slice, kv: Tensor) -> None:
         """Store the first n local tokens of one local layer.
 
-        MLA: kv [n, latent + rope]; GQA: kv [2, len(heads), n, D] for the local KV heads `heads`.
+        MLA: kv [n, latent + rope]; GQA: kv [2, len(heads), n, D] for the local KV heads `heads`. In the cache's dtype;
+        for an FP8 cache as quantize.pack leaves it, the scales behind the columns.
         """
-        cache, block = self.layers[layer], self.block
-        whole, rest = divmod(kv.shape[-2], block)
+        cache = self.layers[layer]
         pages = torch.tensor(self._tables[row.index], device=self.device)
-        parts = [(pages[:whole], slice(0, whole * block), block)]
-        if rest:
-            parts.append((pages[whole : whole + 1], slice(whole * block, None), rest))
-        for where, tokens, size in parts:
-            if cache.v is None:
-                cache.k[where, :size] = kv[tokens].view(-1, size, kv.shape[-1])
+        elements, scales = (kv, None) if cache.k_scale is None else unpack(kv, cache.k.shape[-1])
+        for new, k, v in ((elements, cache.k, cache.v), (scales, cache.k_scale, cache.v_scale)):
+            if new is None or k is None:
+                continue
+            if v is None:
+                _fill(k.unsqueeze(1), pages, new.unsqueeze(0))
             else:
-                split = (
-                    kv[:, :, tokens].reshape(2, kv.shape[1], -1, size, kv.shape[3]).transpose(1, 2)
-                )  # [2, pages, heads, size, D]
-                cache.k[where, heads, :size] = split[0]
-                cache.v[where, heads, :size] = split[1]
+                _fill(k[:, heads], pages, new[0])
+                _fill(v[:, heads], pages, new[1])
 
     def batch(self, rows: Sequence[Row], rotary: Rotary) -> DecodeBatch:
         """The next step of `rows`, seen from this rank."""
@@ -116,3 +117,12 @@ class KvCache:
     def _physical(self, table: list[int], position: int) -> int:
         page, offset = divmod(local_slot(position, self.block, self.cp), self.block)
         return table[page] * self.block + offset
+
+
+def _fill(pool: Tensor, pages: Tensor, tokens: Tensor) -> None:
+    """Write tokens [heads, n, width] to the first of `pages` of pool [all pages, heads, block, width]."""
+    block = pool.shape[2]
+    whole, rest = divmod(tokens.shape[1], block)
+    pool[pages[:whole]] = tokens[:, : whole * block].unflatten(1, (whole, block)).transpose(0, 1)
+    if rest:
+        pool[pages[whole], :, :rest] = tokens[:, whole * block :]

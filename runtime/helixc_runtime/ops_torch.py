@@ -11,6 +11,7 @@ from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
+from helixc_runtime.quantize import quantize
 from helixc_runtime.shape_checks import check_append, check_attend, check_combine
 
 
@@ -31,11 +32,11 @@ class TorchOps:
         offset = batch.slots[rows] % self.shape.block
         rotated = self._rotate(k, batch)[rows]  # [owned rows, KH, D]
         if v is None:
-            cache.k[page, offset] = rotated[:, 0].to(cache.k.dtype)
+            _store(rotated[:, 0], cache.k, cache.k_scale, (page, offset))
         else:
             assert cache.v is not None
-            cache.k[page, :, offset] = rotated.to(cache.k.dtype)
-            cache.v[page, :, offset] = v[rows].to(cache.v.dtype)
+            _store(rotated, cache.k, cache.k_scale, (page, slice(None), offset))
+            _store(v[rows], cache.v, cache.v_scale, (page, slice(None), offset))
         return self._rotate(q, batch)
 
     def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Partial:
@@ -100,6 +101,13 @@ class TorchOps:
         scores = torch.matmul(grouped, k.transpose(1, 2)) * self.shape.scale  # [KH, G, L]
         o = torch.matmul(torch.softmax(scores, dim=-1), v)
         return o.flatten(0, 1), torch.logsumexp(scores, dim=-1).flatten()
+
+
+def _store(x: Tensor, pool: Tensor, scales: Tensor | None, where: tuple[Tensor | slice, ...]) -> None:
+    if scales is None:
+        pool[where] = x.to(pool.dtype)
+    else:
+        pool[where], scales[where] = quantize(x)
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
