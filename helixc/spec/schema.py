@@ -14,10 +14,12 @@ KvDtypeName = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Tokens = Annotated[int, Field(ge=1, le=2**40)]
 
-# Other names of the element types, in PyTorch and in other engines. FP8 has another range as e5m2, which is not meant.
+# Other names of the element types, in PyTorch and in other engines. FP8 as e5m2 is another type.
 DTYPE_ALIASES = {
-    **{"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"},
+    **dict.fromkeys(("half", "fp16"), "float16"),
+    **dict.fromkeys(("float", "fp32"), "float32"),
     **dict.fromkeys(("float8", "float8_e4m3", "float8_e4m3fn", "fp8_e4m3", "e4m3"), "fp8"),
+    "bf16": "bfloat16",
 }
 
 

@@ -121,8 +121,8 @@ class KvCache:
 
 def _fill(pool: Tensor, pages: Tensor, tokens: Tensor) -> None:
     """Write tokens [heads, n, width] to the first of `pages` of pool [all pages, heads, block, width]."""
-    block = pool.shape[2]
-    whole, rest = divmod(tokens.shape[1], block)
-    pool[pages[:whole]] = tokens[:, : whole * block].unflatten(1, (whole, block)).transpose(0, 1)
+    heads, count, width = tokens.shape
+    whole, rest = divmod(count, pool.shape[2])
+    pool[pages[:whole]] = tokens[:, : count - rest].reshape(heads, whole, pool.shape[2], width).transpose(0, 1)
     if rest:
-        pool[pages[whole], :, :rest] = tokens[:, whole * block :]
+        pool[pages[whole], :, :rest] = tokens[:, count - rest :]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
-from helixc_runtime.quantize import quantize
+from helixc_runtime.quantize import dequantize, quantize
 from helixc_runtime.shape_checks import check_append, check_attend, check_combine
 
 
@@ -42,15 +42,15 @@ class TorchOps:
     def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Partial:
         """See Ops.attend. Raises ValueError on a shape mismatch, or a length beyond the row's page table."""
         check_attend(self.shape, q, cache, batch)
-        rows, heads, width = q.shape[0], self.shape.heads, self.shape.partial_dim
+        heads, width, tokens = self.shape.heads, self.shape.partial_dim, self.shape.query_tokens
         compute = _compute_dtype(q, cache.k)
-        o = torch.zeros(rows, heads, width, dtype=compute, device=q.device)
-        lse = torch.full((rows, heads), -torch.inf, dtype=compute, device=q.device)
-        for row, length in enumerate(batch.lengths.tolist()):
-            if length == 0:
-                continue
-            k, v = self._gather(cache, batch.page_table[row], length)
-            o[row], lse[row] = self._attend_row(q[row].to(compute), k.to(compute), v.to(compute))
+        o = torch.zeros(len(q), heads, width, dtype=compute, device=q.device)
+        lse = torch.full((len(q), heads), -torch.inf, dtype=compute, device=q.device)
+        for row, bounds in enumerate(batch.lengths.view(-1, tokens).tolist()):
+            k, v = (t.to(compute) for t in self._gather(cache, batch.page_table[row], bounds))
+            for token, length in enumerate(bounds, start=row * tokens):
+                if length:
+                    o[token], lse[token] = self._attend_token(q[token].to(compute), k[:, :length], v[:, :length])
         return Partial(o.to(q.dtype), lse)
 
     def combine(self, o: Tensor, lse: Tensor) -> Partial:
@@ -83,19 +83,21 @@ class TorchOps:
         out[..., x.shape[-1] - width :] = turned.to(x.dtype)
         return out
 
-    def _gather(self, cache: LayerCache, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` tokens of one row: k [KH, length, D] and v [KH, length, P]."""
-        block = self.shape.block
-        if length < 0 or length > table.shape[0] * block:
-            raise ValueError(f"length {length} is outside a page table of {table.shape[0]} pages of {block} tokens")
+    def _gather(self, cache: LayerCache, table: Tensor, bounds: list[int]) -> tuple[Tensor, Tensor]:
+        """One row's tokens up to the last bound, L, dequantised: k [KH, L, D] and v [KH, L, P]."""
+        block, length = self.shape.block, max(bounds)
+        if min(bounds) < 0 or length > table.shape[0] * block:
+            outside = length if min(bounds) >= 0 else min(bounds)
+            raise ValueError(f"length {outside} is outside a page table of {table.shape[0]} pages of {block} tokens")
         pages = table[: -(-length // block)].long()
         if cache.v is None:
-            latent = cache.k[pages].flatten(0, 1)[:length].unsqueeze(0)
+            latent = _pages(cache.k, cache.k_scale, pages).flatten(0, 1)[:length].unsqueeze(0)
             return latent, latent[..., : self.shape.partial_dim]
-        k, v = (t[pages].transpose(0, 1).flatten(1, 2)[:, :length] for t in (cache.k, cache.v))
+        stored = ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
+        k, v = (_pages(t, scale, pages).transpose(0, 1).flatten(1, 2)[:, :length] for t, scale in stored)
         return k, v
 
-    def _attend_row(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend_token(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """q [H, D], k [KH, L, D], v [KH, L, P] -> o [H, P], natural-log lse [H]."""
         grouped = q.view(self.shape.kv_heads, self.shape.group, -1)
         scores = torch.matmul(grouped, k.transpose(1, 2)) * self.shape.scale  # [KH, G, L]
@@ -108,6 +110,10 @@ def _store(x: Tensor, pool: Tensor, scales: Tensor | None, where: tuple[Tensor |
         pool[where] = x.to(pool.dtype)
     else:
         pool[where], scales[where] = quantize(x)
+
+
+def _pages(elements: Tensor, scales: Tensor | None, pages: Tensor) -> Tensor:
+    return elements[pages] if scales is None else dequantize(elements[pages], scales[pages])
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:

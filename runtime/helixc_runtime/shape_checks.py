@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
+from helixc_runtime.manifest import scale_groups
 from helixc_runtime.ops import DecodeBatch, LayerCache
 
 
@@ -39,8 +41,11 @@ def check_append(
 def check_attend(shape: AttentionShape, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> None:
     """Raise ValueError unless the arguments of Ops.attend fit `shape`."""
     expect_shape("q", q, (None, shape.heads, shape.head_dim))
-    expect_shape("page_table", batch.page_table, (q.shape[0], None))
-    expect_shape("lengths", batch.lengths, (q.shape[0],))
+    expect_shape("page_table", batch.page_table, (None, None))
+    tokens, rows = q.shape[0], batch.page_table.shape[0]
+    if tokens != rows * shape.query_tokens:
+        raise ValueError(f"q has {tokens} tokens, expected {shape.query_tokens} for each of {rows} rows")
+    expect_shape("lengths", batch.lengths, (tokens,))
     check_cache(shape, cache)
 
 
@@ -53,12 +58,16 @@ def check_combine(shape: AttentionShape, o: Tensor, lse: Tensor) -> None:
 
 
 def check_cache(shape: AttentionShape, cache: LayerCache) -> None:
-    """Raise ValueError unless `cache` has the pages of `shape`."""
+    """Raise ValueError unless `cache` has the pages of `shape`, and scales if its elements are FP8."""
     if (cache.v is None) != shape.is_mla:
         raise ValueError("the cache's v must be None for MLA" if shape.is_mla else "the cache has no v")
-    if cache.v is None:
-        expect_shape("cache.k", cache.k, (None, shape.block, shape.head_dim))
-        return
-    pages = (cache.k.shape[0], shape.kv_heads, shape.block, shape.head_dim)
-    expect_shape("cache.k", cache.k, pages)
-    expect_shape("cache.v", cache.v, pages)
+    heads = () if shape.is_mla else (shape.kv_heads,)
+    pages = (cache.k.shape[0], *heads, shape.block)
+    for name, elements, scales in (("k", cache.k, cache.k_scale), ("v", cache.v, cache.v_scale)):
+        if elements is not None:
+            expect_shape(f"cache.{name}", elements, (*pages, shape.head_dim))
+        if (scales is not None) != (elements is not None and elements.dtype == torch.float8_e4m3fn):
+            raise ValueError(f"cache.{name} must have scales if it is float8_e4m3fn, and only then")
+        if scales is not None and elements is not None:
+            groups = scale_groups(shape.head_dim, "float8_e4m3fn")
+            expect_shape(f"cache.{name}_scale", scales, (*elements.shape[:-1], groups))

@@ -9,24 +9,38 @@ import torch
 from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
-from helixc_runtime.manifest import Dtype
+from helixc_runtime.manifest import SCALE_COLUMNS, Dtype, KvDtype
 from helixc_runtime.ops import DecodeBatch, LayerCache, Ops, Partial
 from helixc_runtime.ops_torch import TorchOps
+from helixc_runtime.quantize import dequantize, quantize
 
 
-def mla(heads: int, block: int, dtype: Dtype = "bfloat16") -> AttentionShape:
-    """DeepSeek-V3's attention, `heads` of them on this rank."""
-    return AttentionShape(heads, 1, 576, 512, 64, True, 192**-0.5, block, dtype, dtype)
+def mla(
+    heads: int, block: int, dtype: Dtype = "bfloat16", *, kv_dtype: KvDtype | None = None, query_tokens: int = 1
+) -> AttentionShape:
+    """DeepSeek-V3's attention, `heads` of them on this rank. The cache is of `dtype` unless told."""
+    return AttentionShape(heads, 1, 576, 512, 64, True, 192**-0.5, block, dtype, kv_dtype or dtype, query_tokens)
 
 
-def gqa(heads: int, kv_heads: int, dim: int, block: int, dtype: Dtype = "bfloat16") -> AttentionShape:
-    """Llama's and Qwen3's attention."""
-    return AttentionShape(heads, kv_heads, dim, dim, dim, False, dim**-0.5, block, dtype, dtype)
+def gqa(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    block: int,
+    dtype: Dtype = "bfloat16",
+    *,
+    kv_dtype: KvDtype | None = None,
+    query_tokens: int = 1,
+) -> AttentionShape:
+    """Llama's and Qwen3's attention. The cache is of `dtype` unless told."""
+    return AttentionShape(
+        heads, kv_heads, dim, dim, dim, False, dim**-0.5, block, dtype, kv_dtype or dtype, query_tokens
+    )
 
 
 @dataclass(frozen=True)
 class Case:
-    """One decode step of one layer. Everything a kernel must not read is NaN."""
+    """One decode step of one layer. Everything a kernel must not read is NaN, and the scale of such a token garbage."""
 
     shape: AttentionShape
     q: Tensor
@@ -34,12 +48,16 @@ class Case:
     v: Tensor | None
     cache: LayerCache
     batch: DecodeBatch
+    original: LayerCache  # what an FP8 cache was quantised from, of shape.dtype; else equal to the cache
 
 
-def random_case(shape: AttentionShape, lengths: list[int], device: torch.device, seed: int) -> Case:
-    """Rows of `lengths` tokens before the step, in shuffled pages; every second row owns the new token.
+def random_case(
+    shape: AttentionShape, lengths: list[int], device: torch.device, seed: int, *, appended: bool = False
+) -> Case:
+    """Rows in shuffled pages; `lengths` are the local tokens that each row's last query token attends.
 
-    Unowned rows and rows of length 0 are included in `lengths` as they are; an owned row's length counts its new token.
+    A third of the rows owns all its new tokens, a third none and a third some; what a row owns counts in its length.
+    The owned new tokens are left to Ops.append, or stored already if `appended`.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype: torch.dtype = getattr(torch, shape.dtype)
@@ -47,52 +65,92 @@ def random_case(shape: AttentionShape, lengths: list[int], device: torch.device,
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator).to(dtype)
 
-    rows = len(lengths)
-    owned = torch.tensor([row % 2 == 0 and length > 0 for row, length in enumerate(lengths)])
+    rows, last = len(lengths), torch.tensor(lengths)
+    owned = _random_owned(lengths, shape.query_tokens, generator)  # [B, T]
+    cached = last - owned.sum(dim=1)
+    bounds = cached.unsqueeze(1) + owned.cumsum(dim=1)  # [B, T]
     max_pages = max(1, math.ceil(max(lengths) / shape.block)) + 1
     pages = rows * max_pages + 3
     table = torch.randperm(pages, generator=generator)[: rows * max_pages].view(rows, max_pages)
-    cache = _poisoned_cache(shape, pages, dtype)
-    slots = table[:, -1] * shape.block  # a trap for rows that must not write: an unused page
-    for row, length in enumerate(lengths):
-        stored = length - int(owned[row])
-        for token in range(length):
-            page, offset = int(table[row, token // shape.block]), token % shape.block
-            if token == stored:
-                slots[row] = page * shape.block + offset
-            else:
-                _fill(cache, page, offset, normal)
-    angles = torch.rand(rows, shape.rope_dim // 2, generator=generator) * 2 * math.pi
+    own_slots = table.gather(1, (bounds - 1).clamp_min(0) // shape.block) * shape.block + (bounds - 1) % shape.block
+    trap = table[:, -1:] * shape.block  # an unused page, for tokens that must not be written
+    used = torch.arange(max_pages * shape.block) < (last if appended else cached).unsqueeze(1)
+    stored = torch.zeros(pages, shape.block, dtype=torch.bool)
+    stored[table.flatten()] = used.view(-1, shape.block)
+    cache, original = random_cache(shape, stored, generator)
+    tokens = rows * shape.query_tokens
+    angles = torch.rand(tokens, shape.rope_dim // 2, generator=generator) * 2 * math.pi
     batch = DecodeBatch(
         cos=angles.cos().to(device),
         sin=angles.sin().to(device),
         page_table=table.int().to(device),
-        lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
-        owned=owned.to(device, torch.uint8),
-        slots=slots.to(device),
+        lengths=bounds.flatten().to(device, torch.int32),
+        owned=owned.flatten().to(device, torch.uint8),
+        slots=torch.where(owned, own_slots, trap).flatten().to(device),
     )
-    k = normal(rows, shape.kv_heads, shape.head_dim)
-    v = None if shape.is_mla else normal(rows, shape.kv_heads, shape.head_dim).to(device)
-    moved = LayerCache(cache.k.to(device), None if cache.v is None else cache.v.to(device))
-    return Case(shape, normal(rows, shape.heads, shape.head_dim).to(device), k.to(device), v, moved, batch)
+    q, k = normal(tokens, shape.heads, shape.head_dim), normal(tokens, shape.kv_heads, shape.head_dim)
+    v = None if shape.is_mla else normal(tokens, shape.kv_heads, shape.head_dim).to(device)
+    return Case(shape, q.to(device), k.to(device), v, _moved(cache, device), batch, _moved(original, device))
 
 
-def _poisoned_cache(shape: AttentionShape, pages: int, dtype: torch.dtype) -> LayerCache:
-    size = (shape.block, shape.head_dim) if shape.is_mla else (shape.kv_heads, shape.block, shape.head_dim)
-    k = torch.full((pages, *size), torch.nan, dtype=dtype)
-    return LayerCache(k, None if shape.is_mla else k.clone())
+def _random_owned(lengths: list[int], query_tokens: int, generator: torch.Generator) -> Tensor:
+    """Which new tokens each row owns, [B, T] bool: all, none, some, all, ..., and never more than its length."""
+    owned = torch.zeros(len(lengths), query_tokens, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        some = int(torch.randint(1, query_tokens + 1, (), generator=generator))
+        count = min(length, (query_tokens, 0, some)[row % 3])
+        owned[row, torch.randperm(query_tokens, generator=generator)[:count]] = True
+    return owned
 
 
-def _fill(cache: LayerCache, page: int, offset: int, normal: object) -> None:
-    assert callable(normal)
-    cache.k[page, ..., offset, :] = normal(*cache.k[page, ..., offset, :].shape)
-    if cache.v is not None:
-        cache.v[page, ..., offset, :] = normal(*cache.v[page, ..., offset, :].shape)
+def random_cache(shape: AttentionShape, stored: Tensor, generator: torch.Generator) -> tuple[LayerCache, LayerCache]:
+    """Pages in which the tokens that `stored` [pages, block] tells are random, and all others poisoned.
+
+    Returns the cache, of shape.kv_dtype, and what it was made from, of shape.dtype; both on the generator's device.
+    """
+    tokens = stored if shape.is_mla else stored.unsqueeze(1).expand(-1, shape.kv_heads, -1)
+    k, k_scale, k_original = _random_pages(shape, tokens, generator)
+    if shape.is_mla:
+        return LayerCache(k, None, k_scale), LayerCache(k_original, None)
+    v, v_scale, v_original = _random_pages(shape, tokens, generator)
+    return LayerCache(k, v, k_scale, v_scale), LayerCache(k_original, v_original)
+
+
+def _random_pages(
+    shape: AttentionShape, stored: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Elements [*stored, D], scales (of FP8) and the unquantised elements, for `stored` of any shape."""
+    dtype: torch.dtype = getattr(torch, shape.dtype)
+    device, unused = generator.device, ~stored.unsqueeze(-1)
+    original = torch.randn(*stored.shape, shape.head_dim, generator=generator, device=device)
+    if not shape.scale_groups:
+        original = original.to(dtype).masked_fill_(unused, torch.nan)
+        return original.to(getattr(torch, shape.kv_dtype)), None, original
+    # Groups of unlike magnitude, so that another group's scale is noticed.
+    size = (*stored.shape, shape.scale_groups)
+    gain = torch.exp2(-torch.randint(0, 4, size, generator=generator, device=device).float())
+    original *= gain.repeat_interleave(SCALE_COLUMNS, dim=-1)[..., : shape.head_dim]
+    original = original.to(dtype).masked_fill_(unused, torch.nan)
+    elements, scales = quantize(original)
+    garbage = torch.randint(0, 511, size, generator=generator, device=device).clamp_max(255).to(torch.uint8)
+    return elements, torch.where(unused, garbage, scales), original
+
+
+def _moved(cache: LayerCache, device: torch.device) -> LayerCache:
+    tensors = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+    k, v, k_scale, v_scale = (None if tensor is None else tensor.to(device, copy=True) for tensor in tensors)
+    assert k is not None
+    return LayerCache(k, v, k_scale, v_scale)
 
 
 def to_double(cache: LayerCache) -> LayerCache:
-    """A float64 copy, for the oracle."""
-    return LayerCache(cache.k.double(), None if cache.v is None else cache.v.double())
+    """A float64 copy, for the oracle; an FP8 cache is dequantised, exactly, and has no scales any more."""
+    v = None if cache.v is None else _double(cache.v, cache.v_scale)
+    return LayerCache(_double(cache.k, cache.k_scale), v)
+
+
+def _double(elements: Tensor, scales: Tensor | None) -> Tensor:
+    return (elements if scales is None else dequantize(elements, scales)).double()
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -130,9 +188,17 @@ def check_append(ops: Ops, case: Case, bound: float) -> None:
 
 
 def check_attend(ops: Ops, case: Case, bound: float) -> None:
-    """Run attend (after append, so that every length is stored) and compare with the oracle."""
+    """Run attend (after append, or `appended`: every length is stored) and compare with the oracle."""
     want = TorchOps(case.shape).attend(case.q.double(), to_double(case.cache), case.batch)
     check_partial(ops.attend(case.q, case.cache, case.batch), want, bound)
+
+
+def quantization_error(case: Case) -> float:
+    """Relative Frobenius error of attention over an FP8 cache against its original (`appended`), both in float64."""
+    oracle, q = TorchOps(case.shape), case.q.double()
+    got, want = (oracle.attend(q, to_double(cache), case.batch) for cache in (case.cache, case.original))
+    assert torch.equal(got.lse.isneginf(), want.lse.isneginf())
+    return relative_error(got.o, want.o)
 
 
 def check_combine(ops: Ops, shape: AttentionShape, parts: int, device: torch.device, seed: int, bound: float) -> None:

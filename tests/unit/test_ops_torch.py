@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,25 @@ from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.manifest import local_length, owner
 from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
 from helixc_runtime.ops_torch import TorchOps
-from tests.gpu.kernel_cases import check_partial, gqa, mla, random_case, to_double
+from tests.gpu.kernel_cases import (
+    Case,
+    check_attend,
+    check_partial,
+    gqa,
+    mla,
+    quantization_error,
+    random_case,
+    to_double,
+)
 
 CPU = torch.device("cpu")
+FP8_SHAPES = [
+    mla(3, 32, kv_dtype="float8_e4m3fn"),
+    mla(2, 4, "float32", kv_dtype="float8_e4m3fn", query_tokens=2),
+    gqa(6, 2, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
+    gqa(3, 1, 72, 4, "float16", kv_dtype="float8_e4m3fn"),
+    gqa(4, 4, 200, 32, kv_dtype="float8_e4m3fn", query_tokens=3),
+]
 
 
 @pytest.fixture
@@ -183,6 +200,96 @@ def test_half_precision_inputs_are_computed_in_float32(seed: int) -> None:
     check_partial(partial, ops.attend(case.q.double(), to_double(case.cache), case.batch), 4e-3, 1e-5)
 
 
+def _e4m3(byte: int) -> float:
+    """The value of an FP8 e4m3fn element by its definition: 4 bits of exponent with bias 7, 3 of mantissa."""
+    sign, exponent, mantissa = -1.0 if byte & 0x80 else 1.0, byte >> 3 & 15, byte & 7
+    if byte & 0x7F == 0x7F:
+        return math.nan
+    return sign * (mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10))
+
+
+def _stored(elements: Tensor, scales: Tensor, case: Case, row: int, tokens: int) -> Tensor:
+    """The first tokens of a row, [KH, tokens, D] float64, one by one through the page table."""
+    values = torch.tensor([_e4m3(byte) for byte in range(256)], dtype=torch.float64)
+    out = torch.empty(case.shape.kv_heads, tokens, case.shape.head_dim, dtype=torch.float64)
+    for head in range(case.shape.kv_heads):
+        for token in range(tokens):
+            page, offset = int(case.batch.page_table[row, token // case.shape.block]), token % case.shape.block
+            at = (page, offset) if case.shape.is_mla else (page, head, offset)
+            exponents = [int(scales[at][column // 128]) - 127 for column in range(case.shape.head_dim)]
+            codes = elements[at].view(torch.uint8).long()
+            out[head, token] = values[codes] * torch.tensor([2.0**e for e in exponents], dtype=torch.float64)
+    return out
+
+
+@pytest.mark.parametrize("shape", FP8_SHAPES, ids=str)
+def test_fp8_equals_plain_softmax_over_the_values_it_stands_for(shape: AttentionShape, seed: int) -> None:
+    case = random_case(shape, [7, 0, 35, 1, 2, 68], CPU, seed, appended=True)
+    got = TorchOps(shape).attend(case.q.double(), case.cache, case.batch)
+    for token, length in enumerate(case.batch.lengths.tolist()):
+        row = token // shape.query_tokens
+        assert case.cache.k_scale is not None
+        k = v = _stored(case.cache.k, case.cache.k_scale, case, row, length)
+        if case.cache.v is not None and case.cache.v_scale is not None:
+            v = _stored(case.cache.v, case.cache.v_scale, case, row, length)
+        for head in range(shape.heads):
+            scores = k[head // shape.group] @ case.q[token, head].double() * shape.scale
+            o = scores.softmax(0) @ v[head // shape.group][:, : shape.partial_dim]
+            assert torch.allclose(got.o[token, head], o, rtol=0, atol=1e-12)
+            assert torch.allclose(got.lse[token, head], scores.logsumexp(0), rtol=0, atol=1e-12)
+    check_attend(TorchOps(shape), case, 1e-5 if shape.dtype == "float32" else 4e-3)
+
+
+@pytest.mark.parametrize("shape", [*FP8_SHAPES, mla(3, 4, query_tokens=3), gqa(4, 2, 64, 32, query_tokens=2)], ids=str)
+def test_query_tokens_equal_as_many_calls_of_one(shape: AttentionShape, seed: int) -> None:
+    case = random_case(shape, [9, 5, 0, 64, 1, 70], CPU, seed, appended=True)
+    got = TorchOps(shape).attend(case.q, case.cache, case.batch)
+    one, tokens = TorchOps(replace(shape, query_tokens=1)), shape.query_tokens
+    for token in range(tokens):
+        batch = replace(case.batch, lengths=case.batch.lengths[token::tokens])
+        single = one.attend(case.q[token::tokens], case.cache, batch)
+        assert torch.equal(got.o[token::tokens], single.o) and torch.equal(got.lse[token::tokens], single.lse)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [mla(16, 32, kv_dtype="float8_e4m3fn"), gqa(8, 2, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4)],
+    ids=["mla", "gqa"],
+)
+def test_fp8_loses_little(shape: AttentionShape, seed: int) -> None:
+    """An element's error is at most 1/16 and 2.4% in the mean; scores' errors add theirs."""
+    error = quantization_error(random_case(shape, [129, 300, 33, 500, 1, 64, 200, 90], CPU, seed, appended=True))
+    assert 1e-2 < error <= 4e-2
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+@pytest.mark.parametrize("block", [1, 4, 32])
+def test_cases_are_hostile(tokens: int, block: int, seed: int) -> None:
+    """Bounds follow from what is owned, slots follow the tokens that are there, all else is poison."""
+    lengths = [block + 1, 7, 3 * block + 1, 0, 2, 40, 1, 0, 33]
+    shape = gqa(2, 1, 8, block, kv_dtype="float8_e4m3fn", query_tokens=tokens)
+    case, full = (random_case(shape, lengths, CPU, seed, appended=appended) for appended in (False, True))
+    counts = set()
+    for row, length in enumerate(lengths):
+        own, bounds, slots = (
+            t[row * tokens : (row + 1) * tokens].tolist()
+            for t in (case.batch.owned, case.batch.lengths, case.batch.slots)
+        )
+        cached = length - sum(own)
+        assert bounds == [cached + sum(own[: token + 1]) for token in range(tokens)]
+        order = [int(page) * block + offset for page in case.batch.page_table[row] for offset in range(block)]
+        assert [slot for slot, is_own in zip(slots, own, strict=True) if is_own] == order[cached:length]
+        assert all(slot in order[length:] for slot, is_own in zip(slots, own, strict=True) if not is_own)
+        for each, end in ((case, cached), (full, length)):
+            filled = each.cache.k[:, 0].float().view(-1, 8)[order].isfinite().all(1)
+            assert filled.tolist() == [token < end for token in range(len(order))]
+        counts.add(sum(own))
+    assert {0, tokens} <= counts
+    assert case.cache.k_scale is not None
+    unused = case.cache.k.float().isnan().all(-1, keepdim=True)
+    assert (case.cache.k_scale[unused] == 255).any() and len(case.cache.k_scale[unused].unique()) > 5
+
+
 def test_mismatches_are_named() -> None:
     case = random_case(gqa(4, 2, 8, 4, "float32"), [5], CPU, 0)
     ops = TorchOps(case.shape)
@@ -197,6 +304,23 @@ def test_mismatches_are_named() -> None:
         ops.attend(case.q, case.cache, short)
     with pytest.raises(ValueError, match="7 query heads do not divide among 2 KV heads"):
         gqa(7, 2, 8, 4)
+
+
+def test_mismatches_of_tokens_and_scales_are_named() -> None:
+    shape = gqa(4, 2, 200, 4, kv_dtype="float8_e4m3fn", query_tokens=3)
+    case = random_case(shape, [5, 6], CPU, 0, appended=True)
+    ops, cache = TorchOps(shape), case.cache
+    assert cache.k_scale is not None
+    with pytest.raises(ValueError, match="q has 4 tokens, expected 3 for each of 2 rows"):
+        ops.attend(case.q[:4], cache, case.batch)
+    with pytest.raises(ValueError, match=r"lengths has shape \[2\], expected \[6\]"):
+        ops.attend(case.q, cache, replace(case.batch, lengths=case.batch.lengths[:2]))
+    with pytest.raises(ValueError, match=r"cache\.k must have scales if it is float8_e4m3fn, and only then"):
+        ops.attend(case.q, replace(cache, k_scale=None), case.batch)
+    with pytest.raises(ValueError, match=r"cache\.v must have scales"):
+        ops.attend(case.q, replace(cache, v=cache.v.float()), case.batch)
+    with pytest.raises(ValueError, match=r"cache.k_scale has shape \[\d+, 2, 4, 1\], expected \[\d+, 2, 4, 2\]"):
+        ops.attend(case.q, replace(cache, k_scale=cache.k_scale[..., :1]), case.batch)
 
 
 def _tail(batch: DecodeBatch) -> tuple[Tensor, Tensor]:
