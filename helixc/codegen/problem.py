@@ -10,7 +10,7 @@ from helixc_runtime.attention_shape import AttentionShape
 Param = int | float | str | bool
 Params = tuple[tuple[str, Param], ...]
 
-_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float8_e4m3fn": "f8"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,6 +121,8 @@ class KvCache:
 
 def _fill(pool: Tensor, pages: Tensor, tokens: Tensor) -> None:
     """Write tokens [heads, n, width] to the first of `pages` of pool [all pages, heads, block, width]."""
+    if pool.dtype == torch.float8_e4m3fn:  # not every device assigns it by index
+        pool, tokens = pool.view(torch.uint8), tokens.view(torch.uint8)
     heads, count, width = tokens.shape
     whole, rest = divmod(count, pool.shape[2])
     pool[pages[:whole]] = tokens[:, : count - rest].reshape(heads, whole, pool.shape[2], width).transpose(0, 1)
