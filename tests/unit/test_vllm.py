@@ -76,7 +76,9 @@ def test_sizes(flags: str, sizes: dict[str, object]) -> None:
 def test_a_cache_type_without_kernels_is_said(dtype: str, left_out: bool) -> None:
     text = from_vllm(f"llama-3.1-8b --kv-cache-dtype {dtype}", "x")
     assert (f"no kernels for {dtype}; this is planned in the model's dtype" in text) == left_out
-    assert from_vllm("llama-3.1-8b --dtype fp8", "x").endswith("no kernels for fp8; this is planned in the model's dtype\n")
+    assert from_vllm("llama-3.1-8b --dtype fp8", "x").endswith(
+        "no kernels for fp8; this is planned in the model's dtype\n"
+    )
 
 
 @pytest.mark.parametrize(
