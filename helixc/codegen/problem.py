@@ -43,14 +43,14 @@ def attention(shape: AttentionShape, arch: str) -> tuple[KernelSpec, ...]:
 
 def _hopper_mla(shape: AttentionShape) -> bool:
     dims = (shape.head_dim, shape.partial_dim) == (576, 512)
-    return (
-        _all_bfloat16(shape) and shape.is_mla and dims and shape.heads in (16, 32, 64, 128) and shape.block in (32, 64)
-    )
+    sizes = shape.heads in (16, 32, 64, 128) and shape.block in (32, 64) and shape.query_tokens == 1
+    return _all_bfloat16(shape) and shape.is_mla and dims and sizes
 
 
 def _hopper_gqa(shape: AttentionShape) -> bool:
     pages = shape.block % 64 == 0 or shape.block in (16, 32)  # boxes of the copy engine that fill a tile of 64 tokens
-    return _all_bfloat16(shape) and not shape.is_mla and shape.head_dim in (64, 128) and shape.group <= 16 and pages
+    sizes = shape.head_dim in (64, 128) and shape.group <= 16 and pages and shape.query_tokens == 1
+    return _all_bfloat16(shape) and not shape.is_mla and sizes
 
 
 def _all_bfloat16(shape: AttentionShape) -> bool:
@@ -86,14 +86,21 @@ def _gqa_dims(shape: AttentionShape) -> str:
 
 def _append(shape: AttentionShape, arch: str) -> KernelSpec:
     dims = _dims(shape, f"d{shape.head_dim}_r{shape.rope_dim}")
-    params: Params = (*_heads(shape), ("rope_dim", shape.rope_dim), ("interleaved", shape.interleaved))
-    return KernelSpec(f"append_{dims}", "append", params, arch)
+    rope: Params = (("rope_dim", shape.rope_dim), ("interleaved", shape.interleaved))
+    norm: Params = (("qk_norm", shape.qk_norm), ("norm_eps", shape.norm_eps))
+    return KernelSpec(f"append_{dims}", "append", (*_heads(shape), *rope, *norm), arch)
 
 
 def _partial(shape: AttentionShape, arch: str) -> KernelSpec:
     dims = _dims(shape, f"d{shape.head_dim}")
-    params: Params = (*_heads(shape), ("partial_dim", shape.partial_dim), ("scale", shape.scale))
-    return KernelSpec(f"partial_{dims}", "partial", params, arch)
+    tokens = "" if shape.query_tokens == 1 else f"_q{shape.query_tokens}"
+    params: Params = (
+        *_heads(shape),
+        ("partial_dim", shape.partial_dim),
+        ("query_tokens", shape.query_tokens),
+        ("scale", shape.scale),
+    )
+    return KernelSpec(f"partial_{dims}{tokens}", "partial", params, arch)
 
 
 def _merge(shape: AttentionShape, arch: str) -> KernelSpec:
