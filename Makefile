@@ -6,7 +6,7 @@ PROMPT ?= What is a compiler? Answer in one sentence.
 
 # Where there is no GPU the CPU build of PyTorch is enough; a version is pinned because the newest may not have one.
 # Any pip arguments will do, for instance TORCH="torch --index-url URL-OF-A-CPU-INDEX".
-TORCH ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.9' || echo 'torch==2.13.0')
+TORCH ?= $(shell nvidia-smi >/dev/null 2>&1 && echo 'torch>=2.10' || echo 'torch==2.13.0')
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check

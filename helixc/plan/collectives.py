@@ -31,7 +31,7 @@ def collectives(plan: Plan) -> Iterator[str]:
         for moved in by_request(plan, source, target):
             yield from (f"handoff: {flaw}" for flaw in flaws(handoff(plan, source, target, moved)))
     for instance in generations:
-        yield from (f"{label(instance)}, decode: {flaw}" for flaw in _absent(plan, instance))
+        yield from (f"{label(instance)}, decode: {flaw}" for flaw in _strangers(plan, instance))
         programs = {rank.rank: decode_step(plan, instance, rank) for rank in members(plan, instance)}
         yield from (f"{label(instance)}, decode: {flaw}" for flaw in flaws(programs))
 
@@ -41,11 +41,11 @@ def prefill(plan: Plan, instance: Instance, rank: Rank) -> Program:
     return [*_stage(plan, rank, exchange=False), *_logits(plan, rank), *_token(instance, 1)]
 
 
-def decode_step(plan: Plan, instance: Instance, rank: Rank, *, attends: bool = True) -> Program:
-    """What a generation rank issues in one step. `attends`: it has a row of the batch, as all have without dp."""
+def decode_step(plan: Plan, instance: Instance, rank: Rank) -> Program:
+    """What a generation rank issues in one step; under attention dp also for the rows of others, as empty ones."""
     return [
         *_control(instance, instance.ranks[0], 2 * instance.max_batch_size, "admission"),
-        *_stage(plan, rank, exchange=attends),
+        *_stage(plan, rank, exchange=True),
         *_logits(plan, rank),
         *_token(instance, instance.max_batch_size),
     ]
@@ -140,13 +140,9 @@ def _group(kind: str, ranks: tuple[int, ...], size: int, what: str) -> Iterator[
         yield Op(kind, ranks, size, what)  # type: ignore[arg-type]
 
 
-def _absent(plan: Plan, instance: Instance) -> Iterator[str]:
-    """Under attention dp any of the dp ranks may have no row in a step, and then skips the exchange.
-
-    If all of its group skip together, the step is the one with all rows less some whole operations, and ends if that
-    ends.
-    """
+def _strangers(plan: Plan, instance: Instance) -> Iterator[str]:
+    """Under attention dp the ranks of a cp group share a data-parallel rank, and with it their rows' KV."""
     for rank in members(plan, instance) if instance.attention_dp else ():
         for member in rank.groups.cp:
             if plan.ranks[member].tp_rank != rank.tp_rank:
-                yield f"rank {rank.rank} exchanges with rank {member}, which skips it where only the other has rows"
+                yield f"rank {rank.rank} exchanges with rank {member}, which holds the KV of other rows"

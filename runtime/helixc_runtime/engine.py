@@ -19,13 +19,14 @@ from helixc_runtime.comm import Comm, Connection, TorchComm, connect
 from helixc_runtime.events import Emitter
 from helixc_runtime.handoff import DistTransport, Sending, outgoing, pack, receive
 from helixc_runtime.job import Job, Request
-from helixc_runtime.kv import KvCache, Row
+from helixc_runtime.kv import KvCache, Row, pages_needed
 from helixc_runtime.manifest import Instance, Plan, Rank
 from helixc_runtime.models.decoder import Decoder
 from helixc_runtime.ops import Ops
 from helixc_runtime.ops_torch import TorchOps
-from helixc_runtime.sampling import finish_reason, sample
+from helixc_runtime.sampling import finish_reason, sample, seed_of
 from helixc_runtime.scheduler import Scheduler, assigned, attends, new_row
+from helixc_runtime.step import DecodeStep, RowInput, StepResult
 from helixc_runtime.weights import load_weights
 
 # Collectives wait this long. A rank that dies closes its connections at once and one that hangs misses its
@@ -189,8 +190,12 @@ def _ready_key(request: Request) -> str:
 def serve_generation(session: Session, ops: Ops) -> None:
     """Decode this instance's requests, admitting each when its prompt is prefilled and its pages are free."""
     check_room(session.rank, session.instance, session.decoder.device)
-    cache = KvCache(session.plan.model, session.rank, session.plan.tokens_per_block, session.decoder.device)
-    scheduler = Scheduler(session.plan, session.instance, session.requests, cache.free_pages)
+    block, requests = session.plan.tokens_per_block, session.requests
+    totals = [len(r.token_ids) + r.max_tokens for r in requests]
+    width = max((pages_needed(total, block, session.instance.cp) for total in totals), default=1)
+    rows, device = session.instance.max_batch_size, session.decoder.device
+    cache = KvCache(session.plan.model, session.rank, block, rows, width, device)
+    scheduler = Scheduler(session.plan, session.instance, requests, cache.free_pages)
     Generation(session, ops, cache, scheduler).run()
 
 
@@ -212,17 +217,18 @@ class Generation:
     """The decode loop of one rank. Every rank of the instance takes the same decisions, the leader's."""
 
     def __init__(self, session: Session, ops: Ops, cache: KvCache, scheduler: Scheduler) -> None:
-        self.session, self.ops, self.cache, self.scheduler = session, ops, cache, scheduler
-        self.rotary = session.decoder.rotary()
+        self.session, self.cache, self.scheduler = session, cache, scheduler
+        self.step = DecodeStep(session.decoder, ops, cache)
         self.transport = DistTransport()
         self.requests = {r.index: r for r in session.requests}
-        self.rows: list[Row] = []
+        self.rows: list[Row] = []  # by slot
         self.logits: dict[int, list[Tensor]] = {}
         self.stored = 0
         self.finished = 0
 
     def run(self) -> None:
         """Until every request is finished."""
+        self.step.capture(sampled=any(request.temperature > 0 for request in self.requests.values()))
         self.session.emit.emit("stage", stage="ready", done=1, total=1)
         while self.finished < len(self.requests):
             self._admit()
@@ -237,14 +243,18 @@ class Generation:
         decided = self.session.broadcast(found, self.session.instance.ranks[0], limit)
         for index, token in zip(decided[::2], decided[1::2], strict=True):
             request = self.requests[index]
-            row = new_row(request, token)
-            if reason := finish_reason(request, row.tokens, self.session.plan.model.arch.eos_token_ids):
+            if reason := finish_reason(request, [token], self.session.plan.model.arch.eos_token_ids):
                 self._announce_finish(index, reason)
                 continue
+            row = new_row(request, self._free_slot(), token)
             if self.session.attends(request):
                 self.cache.reserve(row)
                 receive(self.session.plan, self.session.rank, request, row, self.cache, self.transport)
-            self.rows.append(row)
+            self.rows = sorted([*self.rows, row], key=lambda row: row.slot)
+
+    def _free_slot(self) -> int:
+        """The lowest, so that steps are padded little."""
+        return min(set(range(len(self.cache.table))) - {row.slot for row in self.rows})
 
     def _ready(self) -> list[int]:
         """[index, first token, ...] of the requests to admit now; waits for one if there is nothing else to do."""
@@ -265,27 +275,26 @@ class Generation:
 
     def _step(self) -> None:
         """One token for every row."""
-        device = self.session.decoder.device
-        own = [i for i, row in enumerate(self.rows) if self.session.attends(self.requests[row.index])]
-        batch = self.cache.batch([self.rows[i] for i in own], self.rotary) if own else None
-        subset = torch.tensor(own, device=device) if self.session.instance.attention_dp else None
-        tokens = torch.tensor([row.tokens[-1] for row in self.rows], device=device)
-        hidden = self.session.decoder.decode(tokens, subset, self.cache.layers, batch, self.rotary, self.ops)
-        for row, token in zip(self.rows, self._sample(hidden), strict=True):
+        for row, token in zip(self.rows, self._choose(self.step([self._input(row) for row in self.rows])), strict=True):
             row.tokens.append(token)
             if self.session.leads:
                 self.session.emit.emit("token", request=row.index, token=token)
         self._retire()
 
-    def _sample(self, hidden: Tensor) -> list[int]:
+    def _input(self, row: Row) -> RowInput:
+        request = self.requests[row.index]
+        attends, seed = self.session.attends(request), seed_of(request)
+        return RowInput(row.slot, row.tokens[-1], row.position, attends, request.temperature, request.top_p, seed)
+
+    def _choose(self, result: StepResult | None) -> list[int]:
+        """The tokens of all rows, on every rank of the instance."""
         chosen: list[int] = []
-        if self.session.decoder.is_last:
-            logits = self.session.decoder.logits(hidden)
-            if self.session.rank.rank == self.session.sampler:
-                for row, scores in zip(self.rows, logits, strict=True):
-                    chosen.append(sample(scores, self.requests[row.index], row.position + 1))
-                    if self.session.job.keep_logits:
-                        self.logits.setdefault(row.index, []).append(scores)
+        if result and self.session.rank.rank == self.session.sampler:
+            tokens = result.tokens.tolist()
+            chosen = [tokens[row.slot] for row in self.rows]
+            if self.session.job.keep_logits:
+                for row in self.rows:
+                    self.logits.setdefault(row.index, []).append(result.logits[row.slot].clone())
         return self.session.broadcast(chosen, self.session.sampler, self.session.instance.max_batch_size)
 
     def _retire(self) -> None:

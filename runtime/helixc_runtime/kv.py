@@ -6,7 +6,6 @@ simply its pages in order, and the slot formulas of manifest.py say where a posi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +22,7 @@ class Row:
     """A request being decoded. The last token of `tokens` is not cached yet: it is the next step's input."""
 
     index: int
+    slot: int  # its place in the batch
     prompt_length: int
     max_tokens: int
     tokens: list[int] = field(default_factory=list)  # generated
@@ -38,24 +38,36 @@ def pages_needed(total: int, block: int, cp: int) -> int:
     return -(-local_length(total, block, cp, 0) // block)
 
 
-class KvCache:
-    """Pages of all layers of this rank, and which request has which."""
+def local_lengths(totals: Tensor, block: int, cp: int, rank: int) -> Tensor:
+    """manifest.local_length of each of `totals`."""
+    rest = totals % (block * cp) - rank * block
+    return totals // (block * cp) * block + rest.clamp(0, block)
 
-    def __init__(self, model: Model, rank: Rank, block: int, device: torch.device) -> None:
+
+class KvCache:
+    """Pages of all layers of this rank, and which request has which.
+
+    `table` [rows, width] int32 holds the pages of each row's request, by its slot in the batch.
+    """
+
+    def __init__(self, model: Model, rank: Rank, block: int, rows: int, width: int, device: torch.device) -> None:
         self.block, self.cp, self.cp_rank, self.device = block, len(rank.groups.cp), rank.cp_rank, device
         pages = max(1, rank.memory.kv_capacity_tokens // block)
         dim, groups = model.arch.head_dim, scale_groups(model.arch.head_dim, model.kv_dtype)
         tokens = (pages, block) if model.arch.mla else (pages, rank.kv_heads[1] - rank.kv_heads[0], block)
 
-        def pools(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-            k, v = (torch.empty((*tokens, width), dtype=dtype, device=device) for _ in "kv")
-            return k, None if model.arch.mla else v
+        def pool(columns: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty((*tokens, columns), dtype=dtype, device=device)
+
+        def pools(columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+            return pool(columns, dtype), None if model.arch.mla else pool(columns, dtype)
 
         def layer() -> LayerCache:
             scales = pools(groups, torch.uint8) if groups else (None, None)
             return LayerCache(*pools(dim, getattr(torch, model.kv_dtype)), *scales)
 
         self.layers = [layer() for _ in range(*rank.layers)]
+        self.table = torch.zeros(rows, width, dtype=torch.int32, device=device)
         self._free = list(range(pages - 1, -1, -1))
         self._tables: dict[int, list[int]] = {}
 
@@ -67,7 +79,9 @@ class KvCache:
         """Take all pages the request can ever need, so that decoding cannot run out."""
         count = pages_needed(row.prompt_length + row.max_tokens, self.block, self.cp)
         assert count <= len(self._free), "admission is the scheduler's: it counts the same pages"
-        self._tables[row.index] = [self._free.pop() for _ in range(count)]
+        pages = [self._free.pop() for _ in range(count)]
+        self._tables[row.index] = pages
+        self.table[row.slot, :count] = torch.tensor(pages, dtype=torch.int32)
 
     def release(self, row: Row) -> None:
         """Give the request's pages back."""
@@ -95,28 +109,25 @@ class KvCache:
                 _fill(k[:, heads], pages, new[0])
                 _fill(v[:, heads], pages, new[1])
 
-    def batch(self, rows: Sequence[Row], rotary: Rotary) -> DecodeBatch:
-        """The next step of `rows`, seen from this rank."""
-        positions = [row.position for row in rows]
-        tables = [self._tables[row.index] for row in rows]
-        owned = [owner(p, self.block, self.cp) == self.cp_rank for p in positions]
-        slots = [self._physical(t, p) if mine else 0 for t, p, mine in zip(tables, positions, owned, strict=True)]
-        lengths = [local_length(p + 1, self.block, self.cp, self.cp_rank) for p in positions]
-        width = max(len(table) for table in tables)
-        padded = [table + [0] * (width - len(table)) for table in tables]
-        cos, sin = rotary.angles(torch.tensor(positions, device=self.device))
+    def batch(self, positions: Tensor, attends: Tensor, rotary: Rotary) -> DecodeBatch:
+        """A step of the first rows of the batch, with new tokens at global `positions` [N] int64, from this rank.
+
+        Rows without `attends` [N] bool own nothing and have nothing to attend to.
+        """
+        table = self.table[: len(positions)]
+        mine = attends & (owner(positions, self.block, self.cp) == self.cp_rank)
+        lengths = local_lengths(positions + 1, self.block, self.cp, self.cp_rank).masked_fill(~attends, 0)
+        local = local_slot(positions, self.block, self.cp).masked_fill(~mine, 0)
+        page = table.gather(1, (local // self.block).unsqueeze(1)).squeeze(1)
+        cos, sin = rotary.angles(positions)
         return DecodeBatch(
             cos=cos,
             sin=sin,
-            page_table=torch.tensor(padded, dtype=torch.int32, device=self.device),
-            lengths=torch.tensor(lengths, dtype=torch.int32, device=self.device),
-            owned=torch.tensor(owned, dtype=torch.uint8, device=self.device),
-            slots=torch.tensor(slots, dtype=torch.int64, device=self.device),
+            page_table=table,
+            lengths=lengths.to(torch.int32),
+            owned=mine.to(torch.uint8),
+            slots=page.long() * self.block + local % self.block,
         )
-
-    def _physical(self, table: list[int], position: int) -> int:
-        page, offset = divmod(local_slot(position, self.block, self.cp), self.block)
-        return table[page] * self.block + offset
 
 
 def _fill(pool: Tensor, pages: Tensor, tokens: Tensor) -> None:

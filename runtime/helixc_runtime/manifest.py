@@ -57,7 +57,7 @@ def local_length(total: int, block: int, cp: int, rank: int) -> int:
     return cycles * block + min(max(rest - rank * block, 0), block)
 
 
-def local_slot(position: int, block: int, cp: int) -> int:
+def local_slot(position: Index, block: int, cp: int) -> Index:
     """Index of global `position` inside its owner's shard (equals `local_length(position, ..., owner)`)."""
     return position // (block * cp) * block + position % block
 

@@ -73,6 +73,6 @@ class Scheduler:
         return pages_needed(len(request.token_ids) + request.max_tokens, self.plan.tokens_per_block, self.instance.cp)
 
 
-def new_row(request: Request, first_token: int) -> Row:
+def new_row(request: Request, slot: int, first_token: int) -> Row:
     """The row of a request that was prefilled."""
-    return Row(request.index, len(request.token_ids), request.max_tokens, [first_token])
+    return Row(request.index, slot, len(request.token_ids), request.max_tokens, [first_token])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,30 @@ def gqa(
     return AttentionShape(
         heads, kv_heads, dim, dim, dim, False, dim**-0.5, block, dtype, kv_dtype or dtype, query_tokens
     )
+
+
+# Every kind of append: families, dtypes, widths that fill no load or no warp.
+APPEND_SHAPES = {
+    "mla": mla(5, 4),
+    "mla float32": mla(3, 32, "float32"),
+    "mla fp8": mla(3, 64, kv_dtype="float8_e4m3fn"),
+    "mla fp8 of float32": mla(2, 32, "float32", kv_dtype="float8_e4m3fn"),
+    "mla cached as float32": mla(2, 32, kv_dtype="float32"),
+    "mla of few columns": AttentionShape(3, 1, 40, 24, 16, True, 1.0, 4, "bfloat16", "float8_e4m3fn", norm_eps=1e-5),
+    "mla of odd columns": AttentionShape(3, 1, 72, 66, 6, True, 1.0, 4, "float32", "bfloat16"),
+    "llama": gqa(8, 2, 128, 32),
+    "llama fp8": gqa(8, 2, 128, 32, kv_dtype="float8_e4m3fn"),
+    "qwen3": replace(gqa(8, 1, 128, 32), qk_norm=True),
+    "qwen3 fp8": replace(gqa(4, 4, 128, 4, kv_dtype="float8_e4m3fn"), qk_norm=True, norm_eps=1e-5),
+    "qwen3 float32": replace(gqa(6, 3, 64, 4, "float32"), qk_norm=True),
+    "head of 8": gqa(5, 5, 8, 16, "float16"),
+    "head of 72": replace(gqa(13, 1, 72, 64, "float16", kv_dtype="float8_e4m3fn"), qk_norm=True),
+    "head of 200": gqa(2, 1, 200, 32, kv_dtype="float8_e4m3fn"),
+    "head of 256": gqa(3, 1, 256, 16, kv_dtype="float16"),
+    "some columns rotated": replace(gqa(4, 2, 128, 32, kv_dtype="float8_e4m3fn"), rope_dim=64, qk_norm=True),
+    "two columns rotated": replace(gqa(3, 1, 72, 4), rope_dim=2),
+    "interleaved heads": replace(gqa(3, 1, 64, 4), interleaved=True),
+}
 
 
 @dataclass(frozen=True)

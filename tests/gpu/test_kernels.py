@@ -16,6 +16,7 @@ from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache
 from helixc_runtime.ops_cuda import CudaOps
 from helixc_runtime.ops_torch import TorchOps
 from tests.gpu.kernel_cases import (
+    APPEND_SHAPES,
     check_append,
     check_attend,
     check_combine,
@@ -102,6 +103,14 @@ def test_append_and_attend(
     ops, case = build(shape, 2, folder, device), random_case(shape, lengths, device, seed)
     check_append(ops, case, BOUNDS[shape.dtype])
     check_attend(ops, case, BOUNDS[shape.dtype])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 100])
+@pytest.mark.parametrize("shape", APPEND_SHAPES.values(), ids=APPEND_SHAPES.keys())
+def test_append(shape: AttentionShape, rows: int, folder: Path, device: torch.device, seed: int) -> None:
+    pick = random.Random(seed)
+    case = random_case(shape, [pick.randint(0, 9) for _ in range(rows)], device, seed)
+    check_append(build(shape, 2, folder, device), case, BOUNDS[shape.dtype])
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())

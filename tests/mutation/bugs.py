@@ -151,7 +151,7 @@ GROUPS = (
         ),
     ),
     Bug(
-        "an exchange across data-parallel ranks, which skip it one by one",
+        "an exchange across data-parallel ranks, which hold other rows",
         "collectives",
         groups_by(lambda _, r: replace(r.groups, cp=r.groups.tp)),
         "dp",

@@ -14,7 +14,7 @@ from helixc.codegen.template_root import template_root
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ops import GqaProjections, MlaProjections
 from helixc_runtime.ops_torch import TorchOps
-from tests.gpu.kernel_cases import check_append, check_attend, check_combine, gqa, mla, random_case
+from tests.gpu.kernel_cases import APPEND_SHAPES, check_append, check_attend, check_combine, gqa, mla, random_case
 from tests.simt.cpu_kernel import cpu_ops
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -89,30 +89,7 @@ def _check_all(folder: Path, monkeypatch: pytest.MonkeyPatch, root: Path, seed: 
     check_combine(ops, shape, 2, CPU, seed, 1e-5)
 
 
-APPENDS = {
-    "mla": mla(5, 4),
-    "mla float32": mla(3, 32, "float32"),
-    "mla fp8": mla(3, 64, kv_dtype="float8_e4m3fn"),
-    "mla fp8 of float32": mla(2, 32, "float32", kv_dtype="float8_e4m3fn"),
-    "mla cached as float32": mla(2, 32, kv_dtype="float32"),
-    "mla of few columns": AttentionShape(3, 1, 40, 24, 16, True, 1.0, 4, "bfloat16", "float8_e4m3fn", norm_eps=1e-5),
-    "mla of odd columns": AttentionShape(3, 1, 72, 66, 6, True, 1.0, 4, "float32", "bfloat16"),
-    "llama": gqa(8, 2, 128, 32),
-    "llama fp8": gqa(8, 2, 128, 32, kv_dtype="float8_e4m3fn"),
-    "qwen3": replace(gqa(8, 1, 128, 32), qk_norm=True),
-    "qwen3 fp8": replace(gqa(4, 4, 128, 4, kv_dtype="float8_e4m3fn"), qk_norm=True, norm_eps=1e-5),
-    "qwen3 float32": replace(gqa(6, 3, 64, 4, "float32"), qk_norm=True),
-    "head of 8": gqa(5, 5, 8, 16, "float16"),
-    "head of 72": replace(gqa(13, 1, 72, 64, "float16", kv_dtype="float8_e4m3fn"), qk_norm=True),
-    "head of 200": gqa(2, 1, 200, 32, kv_dtype="float8_e4m3fn"),
-    "head of 256": gqa(3, 1, 256, 16, kv_dtype="float16"),
-    "some columns rotated": replace(gqa(4, 2, 128, 32, kv_dtype="float8_e4m3fn"), rope_dim=64, qk_norm=True),
-    "two columns rotated": replace(gqa(3, 1, 72, 4), rope_dim=2),
-    "interleaved heads": replace(gqa(3, 1, 64, 4), interleaved=True),
-}
-
-
-@pytest.mark.parametrize("shape", APPENDS.values(), ids=APPENDS.keys())
+@pytest.mark.parametrize("shape", APPEND_SHAPES.values(), ids=APPEND_SHAPES.keys())
 def test_append_agrees_with_the_oracle(shape: AttentionShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For as many tokens as fill no warp, and for none."""
     seed = random.randrange(1 << 30)
@@ -190,11 +167,11 @@ MLA, QWEN3 = "mla fp8", "qwen3 fp8"
         (QWEN3, "first + L::kRunChunks", "first"),
         (QWEN3, "b * cos + a * sin", "b * cos - a * sin"),
         ("llama", "if (active) store<C>(a.q_out", "if (active && a.owned[row]) store<C>(a.q_out"),
-        ("llama", "} else if (active) {", "} else {"),
-        (MLA, "if (active && at < C::head_dim && at", "if (at < C::head_dim && at"),
-        (MLA, "if (active && lane == 0) scales", "if (lane == 0) scales"),
-        (MLA, "scales[group] = scale", "scales[group ^ 1] = scale"),
+        ("llama", "return row < a.rows && a.owned[row];", "return row < a.rows;"),
+        (MLA, "return row < a.rows && a.owned[row];", "return row < a.rows;"),
+        (MLA, "scales[group] = scale", "scales[group > 0 ? group - 1 : 0] = scale"),
         (MLA, "column<C>(chunk, lane) / kScaleColumns == group", "chunk == group"),
+        (MLA, "at / kScaleColumns == group", "at / kScaleColumns == (group ^ 1)"),
         (MLA, "0x7fffffu - 0x600000u", "0x7fffffu"),
         (MLA, "254 - int(scale)", "255 - int(scale)"),
         ("llama", "slot % C::block", "(slot + 1) % C::block"),
@@ -207,6 +184,8 @@ def test_a_wrong_append_is_noticed(
     root = _changed(tmp_path, right, wrong)
     seed = random.randrange(1 << 30)
     print("seed", seed)
-    ops = cpu_ops(APPENDS[shape], 1, tmp_path, monkeypatch, 1, root, only_append=True)
+    ops = cpu_ops(APPEND_SHAPES[shape], 1, tmp_path, monkeypatch, 1, root, only_append=True)
     with pytest.raises(AssertionError):
-        check_append(ops, random_case(APPENDS[shape], [5, 9, 0, 70, 8], CPU, seed), BOUNDS[APPENDS[shape].dtype])
+        check_append(
+            ops, random_case(APPEND_SHAPES[shape], [5, 9, 0, 70, 8], CPU, seed), BOUNDS[APPEND_SHAPES[shape].dtype]
+        )

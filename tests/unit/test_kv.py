@@ -82,8 +82,8 @@ def test_owners_hold_what_was_computed(
     for rank in plan.ranks:
         if rank.role != "generation":
             continue
-        cache, row = KvCache(plan.model, rank, block, CPU), Row(3, length, 5, [0])
-        other = Row(1, random.randint(1, 30), 1)
+        cache, row = KvCache(plan.model, rank, block, 2, 100, CPU), Row(3, 1, length, 5, [0])
+        other = Row(1, 0, random.randint(1, 30), 1)
         cache.reserve(other)
         cache.reserve(row)
         cache.release(other)

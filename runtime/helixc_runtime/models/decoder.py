@@ -71,30 +71,17 @@ class Decoder:
 
         return self._stage(tokens, attend), cached
 
-    def decode(
-        self,
-        tokens: Tensor,
-        rows: Tensor | None,
-        caches: list[LayerCache],
-        batch: DecodeBatch | None,
-        rotary: Rotary,
-        ops: Ops,
-    ) -> Tensor:
+    def decode(self, tokens: Tensor, caches: list[LayerCache], batch: DecodeBatch, rotary: Rotary, ops: Ops) -> Tensor:
         """Hidden states [B, hidden] after this stage for one new token a row, tokens [B].
 
-        `rows`: the rows this data-parallel rank attends for; None for all. `batch` describes those rows, and is None
-        when there are none.
+        Rows that this rank does not attend for, other data-parallel ranks' and padding, are empty in `batch`: they
+        add zeros to the layer's sum.
         """
         attention = make_attention(self.arch, self.weights, rotary)
-        if batch is not None:
-            ops.begin_step(batch)
+        ops.begin_step(batch)
 
         def attend(layer: int, x: Tensor) -> Tensor:
-            if batch is None:
-                return torch.zeros_like(x)
-            own = x if rows is None else x[rows]
-            out = attention.decode(layer, own, caches[layer - self.rank.layers[0]], batch, ops, self.comm)
-            return out if rows is None else torch.zeros_like(x).index_copy_(0, rows, out)
+            return attention.decode(layer, x, caches[layer - self.rank.layers[0]], batch, ops, self.comm)
 
         return self._stage(tokens, attend)
 

@@ -57,17 +57,32 @@ def _allowed(moe: Moe, choice: Tensor) -> Tensor:
 
 def mixture(weights: Weights, layer: int, moe: Moe, rank: Rank, x: Tensor) -> Tensor:
     """This rank's summand of an MoE layer: its rows of its experts, and of the shared experts. x is [N, hidden]."""
-    assert rank.experts is not None
     logits = F.linear(x.float(), weights("router", layer).float())
     experts, factors = route(moe, logits, weights.get("router_bias", layer))
-    out = torch.zeros_like(x)
-    gate, up, down = (weights(f"expert_{part}", layer) for part in ("gate", "up", "down"))
-    lo, hi = rank.experts
-    for expert in (e for e in torch.unique(experts).tolist() if lo <= e < hi):
-        rows, slot = torch.where(experts == expert)
-        y = gated_mlp(x[rows], gate[expert - lo], up[expert - lo], down[expert - lo])
-        out.index_add_(0, rows, (y * factors[rows, slot].unsqueeze(1)).to(out.dtype))
+    out = _routed(weights, layer, rank, x, experts, factors)
     if moe.shared_intermediate_size:
         shared = (weights(f"shared_{part}", layer) for part in ("gate", "up", "down"))
-        out += gated_mlp(x, *shared)
+        out = out + gated_mlp(x, *shared)
     return out
+
+
+def _routed(weights: Weights, layer: int, rank: Rank, x: Tensor, experts: Tensor, factors: Tensor) -> Tensor:
+    """Sum of this rank's experts' outputs [N, hidden], each times its factor; experts, factors [N, top_k].
+
+    The pairs (row, expert) are sorted by expert and multiplied in groups; other ranks' pairs come last and are not
+    computed. Nothing depends on the data but the groups' bounds, which stay on the device. The sum over a row's experts
+    has a fixed order.
+    """
+    assert rank.experts is not None
+    lo, hi = rank.experts
+    top_k = experts.shape[1]
+    own = torch.where((experts >= lo) & (experts < hi), experts - lo, hi - lo).flatten()  # hi - lo: not here
+    ordered, order = own.sort(stable=True)
+    ends = torch.searchsorted(ordered, torch.arange(hi - lo, device=x.device), right=True).to(torch.int32)
+    gate, up, down = (weights(f"expert_{part}", layer).transpose(1, 2) for part in ("gate", "up", "down"))
+    rows = x[order // top_k]
+    hidden = F.silu(F.grouped_mm(rows, gate, offs=ends)) * F.grouped_mm(rows, up, offs=ends)
+    y = F.grouped_mm(hidden, down, offs=ends)
+    y = y.masked_fill((ordered == hi - lo).unsqueeze(1), 0.0)  # what was not computed may hold anything
+    by_row = torch.empty_like(y).index_copy_(0, order, y).view(-1, top_k, y.shape[1])
+    return (by_row.float() * factors.unsqueeze(2)).sum(1).to(x.dtype)

@@ -43,6 +43,7 @@ template <class C> struct Layout {
   static constexpr int kPairs = C::interleaved ? C::columns / 2 : C::columns;  // that begin in one chunk
   static constexpr int kNormed = C::mla ? kPlain : C::head_dim;                // columns under the norm
   static constexpr int kNormedChunks = C::mla ? kPlainChunks : kChunks;
+  static constexpr int kGroups = (C::head_dim + kScaleColumns - 1) / kScaleColumns;  // of columns that share a scale
 };
 
 // The first column of a lane's chunk, head_dim where the lane has none.
@@ -142,20 +143,25 @@ template <class C, class To> HELIX_DEVICE void store(To* to, const Vector<C>& ve
 // To one token of an FP8 cache. All lanes of the warp take part, also those that are not `active`.
 template <class C>
 HELIX_DEVICE void store_quantized(float8_e4m3fn* to, u8* scales, const Vector<C>& vector, int lane, bool active) {
+  using L = Layout<C>;
+  u32 largest[L::kGroups] = {};
 #pragma unroll
-  for (int group = 0; group < (C::head_dim + kScaleColumns - 1) / kScaleColumns; ++group) {
-    u32 largest = 0;
+  for (int chunk = 0; chunk < L::kChunks; ++chunk)
 #pragma unroll
-    for (int chunk = 0; chunk < Layout<C>::kChunks; ++chunk)
-      if (column<C>(chunk, lane) / kScaleColumns == group) largest = max_bits(largest, vector.chunks[chunk]);
-    const u8 scale = scale_of(warp_max_bits<C::lanes>(largest));
+    for (int group = 0; group < L::kGroups; ++group)
+      if (column<C>(chunk, lane) / kScaleColumns == group)
+        largest[group] = max_bits(largest[group], vector.chunks[chunk]);
+  warp_max_bits<C::lanes>(largest);
+  if (!active) return;
 #pragma unroll
-    for (int chunk = 0; chunk < Layout<C>::kChunks; ++chunk) {
+  for (int group = 0; group < L::kGroups; ++group) {
+    const u8 scale = scale_of(largest[group]);
+    if (lane == 0) scales[group] = scale;
+#pragma unroll
+    for (int chunk = 0; chunk < L::kChunks; ++chunk) {
       const int at = column<C>(chunk, lane);
-      if (active && at < C::head_dim && at / kScaleColumns == group)
-        quantized(vector.chunks[chunk], scale).store(to + at);
+      if (at < C::head_dim && at / kScaleColumns == group) quantized(vector.chunks[chunk], scale).store(to + at);
     }
-    if (active && lane == 0) scales[group] = scale;
   }
 }
 
@@ -165,11 +171,14 @@ HELIX_DEVICE void store_token(typename C::Cached* cache, u8* scales, i64 slot, i
                               int lane, bool active) {
   const i64 token = (slot / C::block * C::kv_heads + kv_head) * C::block + slot % C::block;
   if constexpr (kSame<typename C::Cached, float8_e4m3fn>) {
-    constexpr int groups = (C::head_dim + kScaleColumns - 1) / kScaleColumns;
-    store_quantized<C>(cache + token * C::head_dim, scales + token * groups, vector, lane, active);
+    store_quantized<C>(cache + token * C::head_dim, scales + token * Layout<C>::kGroups, vector, lane, active);
   } else if (active) {
     store<C>(cache + token * C::head_dim, vector, lane);
   }
+}
+
+template <class C> HELIX_DEVICE bool owns(const AppendArguments<C>& a, int row) {
+  return row < a.rows && a.owned[row];
 }
 
 template <class C> HELIX_DEVICE void append_query(const AppendArguments<C>& a, int index, int lane) {
@@ -188,7 +197,7 @@ template <class C> HELIX_DEVICE void append_query(const AppendArguments<C>& a, i
 template <class C> HELIX_DEVICE void append_key(const AppendArguments<C>& a, int index, int lane) {
   using L = Layout<C>;
   const int row = index / C::kv_heads, kv_head = index % C::kv_heads;
-  const bool active = row < a.rows && a.owned[row];
+  const bool active = owns<C>(a, row);
   const i64 slot = active ? a.slots[row] : 0, angle = i64(row) * (C::rope_dim / 2);
   const typename C::Element* from = a.k + i64(row) * a.k_row + i64(kv_head) * a.k_head;
   Vector<C> k = load<C, L::kChunks>(from, from + L::kPlain, lane, active);
@@ -201,7 +210,7 @@ template <class C> HELIX_DEVICE void append_key(const AppendArguments<C>& a, int
 
 template <class C> HELIX_DEVICE void append_value(const AppendArguments<C>& a, int index, int lane) {
   const int row = index / C::kv_heads, kv_head = index % C::kv_heads;
-  const bool active = row < a.rows && a.owned[row];
+  const bool active = owns<C>(a, row);
   const i64 slot = active ? a.slots[row] : 0;
   const typename C::Element* from = a.v + i64(row) * a.v_row + i64(kv_head) * a.v_head;
   const Vector<C> v = load<C, Layout<C>::kChunks>(from, from + Layout<C>::kPlain, lane, active);
