@@ -21,7 +21,7 @@ from helixc_runtime.events import Emitter
 from helixc_runtime.handoff import DistTransport, Sending, outgoing, pack, receive
 from helixc_runtime.job import Job, Request
 from helixc_runtime.kv import KvCache, Row, pages_needed
-from helixc_runtime.manifest import DTYPE_BYTES, Instance, Plan, Rank
+from helixc_runtime.manifest import Instance, Plan, Rank
 from helixc_runtime.models.decoder import Decoder
 from helixc_runtime.ops import Ops
 from helixc_runtime.ops_torch import TorchOps
@@ -154,7 +154,7 @@ def serve_context(session: Session) -> None:
             for transfer, target in outgoing(session.plan, session.rank, request):
                 message = pack(session.plan, session.rank, request, transfer, cached)
                 under_way.append(transport.isend(message, target, request.index))
-                moved += message.numel() * DTYPE_BYTES[session.plan.model.kv_dtype]
+                moved += message.nbytes
             session.emit.emit("handoff", request=request.index, bytes=moved)
     for sending in under_way:
         sending.wait()

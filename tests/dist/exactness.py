@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,16 +76,12 @@ def compare(
 ) -> Comparison:
     """Run `plan` and hold every logit against one transformers pass over prompt and generated tokens."""
     outcome = deploy(plan, requests, directory, sabotage=sabotage)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     largest, same = 0.0, True
-    for request in requests:
-        tokens = outcome.tokens[request.index]
-        with torch.inference_mode():
-            reference = model(torch.tensor([[*request.token_ids, *tokens[:-1]]])).logits[0, len(request.token_ids) - 1 :]
+    for request, reference in zip(requests, transformers_logits(checkpoint, requests, outcome), strict=True):
         assert outcome.logits[request.index].shape == reference.shape
         difference = (outcome.logits[request.index] - reference).abs().max()
         largest = torch.stack([torch.tensor(largest), difference]).max().item()  # a NaN stays
-        for step, (token, exact) in enumerate(zip(tokens, reference, strict=True)):
+        for step, (token, exact) in enumerate(zip(outcome.tokens[request.index], reference, strict=True)):
             position = len(request.token_ids) + step
             same = same and could_sample(exact, request, position, token, min(difference.item(), LOGIT_TOLERANCE))
     if largest > LOGIT_TOLERANCE and plan.model.arch.moe and not sabotage:
@@ -129,3 +125,10 @@ def _gap(scores: Tensor, chosen: int) -> float:
     if chosen >= ordered.shape[-1]:
         return math.inf
     return float((ordered[:, chosen - 1] - ordered[:, chosen]).min())
+def transformers_logits(checkpoint: Path, requests: Sequence[Request], outcome: Outcome) -> Iterator[Tensor]:
+    """Logits [tokens, vocab] of every request's generated tokens, in float32."""
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    for request in requests:
+        tokens = torch.tensor([[*request.token_ids, *outcome.tokens[request.index][:-1]]])
+        with torch.inference_mode():
+            yield model(tokens).logits[0, len(request.token_ids) - 1 :]

@@ -6,6 +6,7 @@ of o_proj it multiplies are the heads it holds after the exchange.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -20,14 +21,22 @@ from helixc_runtime.models.rotary import Rotary, rotate
 from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaProjections, Ops
 from helixc_runtime.weights import Weights
 
+Keep = Callable[[Tensor], Tensor]  # KV [..., width] as computed -> as a cache gives it back
+
+
+def unchanged(kv: Tensor) -> Tensor:
+    """The KV of a prompt as it attends to itself: not cached yet."""
+    return kv
+
 
 class Attention(Protocol):
     """Both kinds of attention."""
 
-    def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor], keep: Keep) -> tuple[Tensor, Tensor]:
         """Causal attention over one prompt, x [L, hidden].
 
-        Returns (summand [L, hidden], KV to cache: MLA [L, latent + rope], GQA [2, KH, L, D]).
+        Returns (summand [L, hidden], KV to cache: MLA [L, latent + rope], GQA [2, KH, L, D]). What `keep` makes of the
+        KV, vector by vector, is what is attended and returned.
         """
         ...
 
@@ -54,14 +63,15 @@ class GqaAttention:
     def __init__(self, arch: ModelArch, weights: Weights, rotary: Rotary) -> None:
         self.arch, self.weights, self.rotary = arch, weights, rotary
 
-    def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor], keep: Keep) -> tuple[Tensor, Tensor]:
         new = self._project(layer, x)
         q, k = (
             rotate(_normed(t, weight, self.arch.norm_eps), *angles, interleaved=self.rotary.interleaved)
             for t, weight in ((new.q, new.q_norm), (new.k, new.k_norm))
         )
-        out = _causal(q, k, new.v, self.arch.softmax_scale)  # [L, H, D]
-        return F.linear(out.flatten(1), self.weights("o", layer)), torch.stack((k, new.v)).transpose(1, 2)
+        k, v = kv = keep(torch.stack((k, new.v)))
+        out = _causal(q, k, v, self.arch.softmax_scale)  # [L, H, D]
+        return F.linear(out.flatten(1), self.weights("o", layer)), kv.transpose(1, 2)
 
     def decode(self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, comm: Comm) -> Tensor:
         q = ops.append(self._project(layer, x), cache, batch)
@@ -91,17 +101,19 @@ class MlaAttention:
     def __init__(self, arch: ModelArch, mla: Mla, weights: Weights, rotary: Rotary) -> None:
         self.arch, self.mla, self.weights, self.rotary = arch, mla, weights, rotary
 
-    def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor], keep: Keep) -> tuple[Tensor, Tensor]:
         q_nope, q_rope = self._queries(layer, x)
         kv, norm = self._latent(layer, x)
         latent = rms_norm(kv[:, : self.mla.kv_lora_rank], norm, LATENT_NORM_EPS)
         k_rope = kv[:, self.mla.kv_lora_rank :].unsqueeze(1)  # [L, 1, rope]
         q_rope, k_rope = (rotate(t, *angles, interleaved=self.rotary.interleaved) for t in (q_rope, k_rope))
+        kv = keep(torch.cat((latent, k_rope.squeeze(1)), dim=-1))
+        latent, k_rope = kv[:, : self.mla.kv_lora_rank], kv[:, self.mla.kv_lora_rank :].unsqueeze(1)
         k_nope = torch.einsum("lc,hdc->lhd", latent, self.weights("k_up", layer))
         v = torch.einsum("lc,hdc->lhd", latent, self.weights("v_up", layer))
         k = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1)), dim=-1)
         out = _causal(torch.cat((q_nope, q_rope), dim=-1), k, v, self.arch.softmax_scale)
-        return F.linear(out.flatten(1), self.weights("o", layer)), torch.cat((latent, k_rope.squeeze(1)), dim=-1)
+        return F.linear(out.flatten(1), self.weights("o", layer)), kv
 
     def decode(self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, comm: Comm) -> Tensor:
         q_nope, q_rope = self._queries(layer, x)
