@@ -49,8 +49,12 @@ def _hopper_mla(shape: AttentionShape) -> bool:
 
 
 def _hopper_gqa(shape: AttentionShape) -> bool:
-    pages = shape.block % 64 == 0 or shape.block in (16, 32)  # boxes of the copy engine that fill a tile of 64 tokens
-    return _all_bfloat16(shape) and not shape.is_mla and shape.head_dim in (64, 128) and shape.group <= 16 and pages
+    fp8 = shape.kv_dtype == "float8_e4m3fn"
+    tile = 128 if fp8 else 64  # tokens: pages of 16 and more whose boxes of the copy engine fill it, or parts of pages
+    pages = shape.block % tile == 0 or shape.block in (16, 32, 64)
+    dtypes = _all_bfloat16(shape) or (fp8 and shape.dtype == "bfloat16")
+    queries = shape.group * shape.query_tokens
+    return dtypes and not shape.is_mla and shape.head_dim in (64, 128) and queries <= 16 and pages
 
 
 def _all_bfloat16(shape: AttentionShape) -> bool:
@@ -72,16 +76,24 @@ def _mla_merge(shape: AttentionShape, arch: str) -> KernelSpec:
 
 
 def _gqa_schedule(shape: AttentionShape, arch: str) -> KernelSpec:
-    return KernelSpec(f"gqa_schedule_{_gqa_dims(shape)}", "gqa_schedule", _heads(shape), arch)
+    params: Params = (*_heads(shape), ("query_tokens", shape.query_tokens))
+    return KernelSpec(f"gqa_schedule_{_gqa_dims(shape)}", "gqa_schedule", params, arch)
 
 
 def _gqa_partial(shape: AttentionShape, arch: str) -> KernelSpec:
-    params: Params = (*_heads(shape), ("partial_dim", shape.partial_dim), ("scale", shape.scale))
+    params: Params = (
+        *_heads(shape),
+        ("query_tokens", shape.query_tokens),
+        ("partial_dim", shape.partial_dim),
+        ("scale", shape.scale),
+    )
     return KernelSpec(f"gqa_partial_{_gqa_dims(shape)}", "gqa_partial", params, arch)
 
 
 def _gqa_dims(shape: AttentionShape) -> str:
-    return f"h{shape.heads}_kv{shape.kv_heads}_d{shape.head_dim}_b{shape.block}"
+    cached = "_fp8" if shape.kv_dtype == "float8_e4m3fn" else ""
+    tokens = f"_t{shape.query_tokens}" if shape.query_tokens > 1 else ""
+    return f"h{shape.heads}_kv{shape.kv_heads}_d{shape.head_dim}_b{shape.block}{cached}{tokens}"
 
 
 def _append(shape: AttentionShape, arch: str) -> KernelSpec:
