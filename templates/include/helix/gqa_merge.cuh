@@ -75,13 +75,10 @@ struct Merge {
 constexpr u32 kUnwritten = 0x80000000u;  // -0.0
 
 HELIX_DEVICE void store_part(float* to, const float4& x) {
-  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], { %1, %2, %3, %4 };" ::"l"(to), "f"(x.x + 0.0f), "f"(x.y + 0.0f),
-               "f"(x.z + 0.0f), "f"(x.w + 0.0f) : "memory");  // -0.0 + 0.0 is 0.0
+  store_relaxed(to, float4{x.x + 0.0f, x.y + 0.0f, x.z + 0.0f, x.w + 0.0f});  // -0.0 + 0.0 is 0.0
 }
 
-HELIX_DEVICE void store_part(float* to, float x) {
-  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(to), "f"(x + 0.0f) : "memory");
-}
+HELIX_DEVICE void store_part(float* to, float x) { store_relaxed(to, x + 0.0f); }
 
 // The parts; all words are -0.0 before and after a launch.
 struct MergeSpace {
@@ -101,9 +98,8 @@ struct PartItem {
   u32 x[4], lse;
 
   HELIX_DEVICE void load(const float* o, const float* from_lse) {
-    asm volatile("ld.relaxed.gpu.global.v4.u32 { %0, %1, %2, %3 }, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "l"(o) : "memory");
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(lse) : "l"(from_lse) : "memory");
+    load_relaxed(x, o);
+    load_relaxed(lse, from_lse);
   }
   HELIX_DEVICE bool written() const {
     return x[0] != kUnwritten && x[1] != kUnwritten && x[2] != kUnwritten && x[3] != kUnwritten && lse != kUnwritten;

@@ -135,8 +135,7 @@ template <class C> HELIX_DEVICE void clear_empty_rows(const GqaArguments& args, 
 template <class C>
 HELIX_DEVICE void gqa_partial(const TensorMap* k_map, const TensorMap* v_map, const GqaArguments& args) {
   using Tile = GqaTile<C>;
-  extern __shared__ __align__(1024) u8 memory[];
-  GqaShared<C>& shared = *reinterpret_cast<GqaShared<C>*>(memory);
+  GqaShared<C>& shared = *reinterpret_cast<GqaShared<C>*>(dynamic_shared());
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   // The schedule is older than the kernel before this one, which waited for the kernels before it in turn.
   const int* schedule = args.schedule + blockIdx.x * kScheduleWords;
