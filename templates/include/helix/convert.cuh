@@ -24,4 +24,11 @@ HELIX_DEVICE unsigned short float_to_float16_bits(float x) {
   return bits;
 }
 
+// Two bfloat16 products, each half of a word with the same half of the other; nearest even, subnormals kept.
+HELIX_DEVICE unsigned multiply_bfloat16(unsigned a, unsigned b) {
+  unsigned pair;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+  return pair;
+}
+
 }  // namespace helix

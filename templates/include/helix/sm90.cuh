@@ -131,6 +131,15 @@ HELIX_DEVICE void copy_5d(u32 to, const TensorMap* map, u32 barrier, int x0, int
       : "memory");
 }
 
+// `bytes` bytes, a multiple of 16, from global to shared memory, both at multiples of 16.
+HELIX_DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
 // x, of which the compiler knows nothing: keeps it from computing ahead of a loop, and holding, what x leads to.
 HELIX_DEVICE u32 opaque(u32 x) {
   asm volatile("" : "+r"(x));

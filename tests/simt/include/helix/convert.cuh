@@ -25,4 +25,11 @@ inline unsigned short float_to_bfloat16_bits(float x) {
   return (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+inline unsigned multiply_bfloat16(unsigned a, unsigned b) {
+  const auto product = [](unsigned x, unsigned y) {
+    return unsigned(float_to_bfloat16_bits(__int_as_float(x << 16) * __int_as_float(y << 16)));
+  };
+  return product(a & 0xffff, b & 0xffff) | product(a >> 16, b >> 16) << 16;
+}
+
 }  // namespace helix
