@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from helixc.codegen.problem import KernelSpec, Param
@@ -10,6 +11,8 @@ from helixc_runtime.manifest import DTYPE_BYTES, Kernel
 
 _STATIC_SHARED = 48 * 1024  # bytes a thread block may declare without asking the driver for more
 _THREADS = 128
+_WARP = 32
+_VECTOR_BYTES = 16  # the widest load and store of one thread
 _HOPPER_SHARED = 231_424  # what the MLA partial uses of the 232,448 bytes a thread block may have
 _GQA_TILES = {"bfloat16": 64, "float8_e4m3fn": 128}  # tokens, 32 KiB of K and V at D 128
 _HEAD_TILES = (8, 4, 2, 1)
@@ -29,6 +32,8 @@ class KernelConfig:
     max_splits: int | None = None  # partials of one row that the merge has room for
     overlap: str | None = None  # what it does while the kernel before it still runs: Overlap in gqa_tile.cuh
     dynamic_shared: int | None = None  # bytes of shared memory that the launch gives
+    lanes: int | None = None  # of a warp that share one vector of columns
+    columns: int | None = None  # of a vector that a lane moves at a time
 
     @property
     def params(self) -> dict[str, Param]:
@@ -42,8 +47,10 @@ class KernelConfig:
 
 
 def configure(spec: KernelSpec) -> KernelConfig:
-    """Choose threads and tiles. Raises ValueError if no tile of the partial kernel fits shared memory."""
+    """Choose threads and tiles. Raises ValueError for dims that the kernel does not serve."""
     match spec.template:
+        case "append":
+            return _append(spec)
         case "partial":
             return _portable_partial(spec)
         case "mla_schedule":
@@ -59,6 +66,19 @@ def configure(spec: KernelSpec) -> KernelConfig:
             return _gqa_partial(spec)
         case _:
             return KernelConfig(spec, _THREADS)
+
+
+def _append(spec: KernelSpec) -> KernelConfig:
+    """The widest loads that neither straddle plain and rotary columns nor part a pair; a lane for each, or a warp."""
+    params = dict(spec.params)
+    _check_head_dim(spec)
+    rope, itemsize = int(params["rope_dim"]), DTYPE_BYTES[str(params["dtype"])]
+    if rope < 2:
+        raise ValueError(f"{spec.name}: rope_dim {rope} leaves nothing to rotate")
+    plain, run = int(params["head_dim"]) - rope, rope if params["interleaved"] else rope // 2
+    columns = math.gcd(_VECTOR_BYTES // itemsize, plain, run)
+    loads = max(plain, run) // columns
+    return KernelConfig(spec, _THREADS, lanes=min(_WARP, 1 << (loads - 1).bit_length()), columns=columns)
 
 
 def _gqa_partial(spec: KernelSpec) -> KernelConfig:
@@ -85,14 +105,19 @@ def _portable_partial(spec: KernelSpec) -> KernelConfig:
     params = dict(spec.params)
     heads, kv_heads, dim = int(params["heads"]), int(params["kv_heads"]), int(params["head_dim"])
     size, copies = DTYPE_BYTES[str(params["kv_dtype"])], 1 if params["mla"] else 2
-    if dim % 8:
-        raise ValueError(f"{spec.name}: head_dim {dim} is not a multiple of 8")
+    _check_head_dim(spec)
     for most in _HEAD_TILES:
         tile = _even_tile(heads // kv_heads, most)
         for tokens in _TOKEN_TILES:
             if _shared_bytes(tile, tokens, dim, size, copies) <= _STATIC_SHARED:
                 return KernelConfig(spec, _THREADS, tile, tokens)
     raise ValueError(f"{spec.name}: head_dim {dim} does not fit {_STATIC_SHARED} bytes of shared memory")
+
+
+def _check_head_dim(spec: KernelSpec) -> None:
+    dim = dict(spec.params)["head_dim"]
+    if int(dim) % 8:
+        raise ValueError(f"{spec.name}: head_dim {dim} is not a multiple of 8")
 
 
 def _even_tile(group: int, most: int) -> int:

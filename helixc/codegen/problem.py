@@ -10,7 +10,7 @@ from helixc_runtime.attention_shape import AttentionShape
 Param = int | float | str | bool
 Params = tuple[tuple[str, Param], ...]
 
-_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float8_e4m3fn": "f8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +98,9 @@ def _gqa_dims(shape: AttentionShape) -> str:
 
 def _append(shape: AttentionShape, arch: str) -> KernelSpec:
     dims = _dims(shape, f"d{shape.head_dim}_r{shape.rope_dim}")
-    params: Params = (*_heads(shape), ("rope_dim", shape.rope_dim), ("interleaved", shape.interleaved))
-    return KernelSpec(f"append_{dims}", "append", params, arch)
+    rope: Params = (("rope_dim", shape.rope_dim), ("interleaved", shape.interleaved))
+    norm: Params = (("qk_norm", shape.qk_norm), ("norm_eps", shape.norm_eps))
+    return KernelSpec(f"append_{dims}", "append", (*_heads(shape), *rope, *norm), arch)
 
 
 def _partial(shape: AttentionShape, arch: str) -> KernelSpec:

@@ -36,6 +36,14 @@ SHAPES = [
     gqa(9, 3, 64, 4, "float32"),
     gqa(13, 1, 72, 64, "float16"),
 ]
+APPENDS = [
+    mla(128, 64, kv_dtype="float8_e4m3fn"),
+    mla(16, 32, "float32", kv_dtype="float8_e4m3fn"),
+    replace(gqa(64, 4, 128, 32), qk_norm=True),
+    replace(gqa(64, 4, 128, 32, kv_dtype="float8_e4m3fn"), qk_norm=True),
+    gqa(1, 1, 256, 16, "float16", kv_dtype="float8_e4m3fn"),
+    replace(gqa(3, 1, 72, 4), rope_dim=2),
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +52,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _specs() -> tuple[KernelSpec, ...]:
-    return tuple(dict.fromkeys(s for arch in ARCHES for shape in SHAPES for s in problems(shape, 2, arch)))
+    whole = (s for arch in ARCHES for shape in SHAPES for s in problems(shape, 2, arch))
+    appends = (problems(shape, 2, arch)[0] for arch in ARCHES for shape in APPENDS)
+    return tuple(dict.fromkeys((*whole, *appends)))
 
 
 def _small() -> tuple[KernelSource, ...]:

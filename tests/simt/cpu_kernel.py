@@ -55,16 +55,26 @@ def cpu_ops(
     monkeypatch: pytest.MonkeyPatch,
     processors: int,
     root: Path | None = None,
+    only_append: bool = False,
 ) -> ops_cuda.CudaOps:
-    """CudaOps whose kernels run on the CPU, from the templates at `root`, for `processors` multiprocessors."""
+    """CudaOps whose kernels run on the CPU, from the templates at `root`, for `processors` multiprocessors.
+
+    `only_append`: it has no other kernel.
+    """
     root = root or template_root()
     monkeypatch.setattr(ops_cuda, "check_arch", lambda arches, device: "sm_100a")
     monkeypatch.setattr(ops_cuda, "LoadedKernel", CpuKernel)
     # What CudaOps asks of the GPU.
     properties = types.SimpleNamespace(multi_processor_count=processors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    empty = torch.empty  # what is not written shall not be what happened to be there
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
+    specs = problems(shape, cp, "sm_100a")
+    if only_append:
+        specs = tuple(spec for spec in specs if spec.template == "append")
+        monkeypatch.setattr(ops_cuda, "make_attend", lambda *arguments: None)
     kernels = []
-    for source in render_all(problems(shape, cp, "sm_100a"), root):
+    for source in render_all(specs, root):
         planned = source.config.planned()
         library = _build(source, folder, root)
         kernels.append(dataclasses.replace(planned, cubin=library.name))
