@@ -95,7 +95,8 @@ class CudaOps:
         check_attend(self.shape, q, cache, batch)
         self._expect(self.shape.dtype, q=q)
         self._expect(self.shape.kv_dtype, cache_k=cache.k, cache_v=cache.v)
-        _expect_aligned(cache_k=cache.k, cache_v=cache.v)
+        self._expect("uint8", k_scale=cache.k_scale, v_scale=cache.v_scale)
+        _expect_aligned(cache_k=cache.k, cache_v=cache.v, k_scale=cache.k_scale, v_scale=cache.v_scale)
         if self._step is not batch:
             self.begin_step(batch)
         out = self._empty_partial(len(q), self.shape.heads)

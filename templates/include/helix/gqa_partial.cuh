@@ -50,10 +50,11 @@ HELIX_DEVICE void copy_share(GqaShared<C>& shared, const TensorMap* k_map, const
             copy_box(shared.stage[stage][0] + box * Tile::box_bytes, k_map, &shared.full[stage], 0, row, 0, w);
             copy_box(shared.stage[stage][1] + box * Tile::box_bytes, v_map, &shared.full[stage], 0, row, 0, w);
             if constexpr (C::fp8) {
-              const i64 scales = i64(w) * C::block + box_token % C::block;
-              u8(&to)[2][C::tile] = shared.scales.of[stage];
-              copy_bulk(to[0] + box * Tile::page_rows, args.k_scale + scales, &shared.full[stage], Tile::page_rows);
-              copy_bulk(to[1] + box * Tile::page_rows, args.v_scale + scales, &shared.full[stage], Tile::page_rows);
+              const i64 from = i64(w) * C::block + box_token % C::block;
+              const u32 to = shared_address(shared.scales.of[stage]) + box * Tile::page_rows;
+              const u32 full = shared_address(&shared.full[stage]);
+              copy_bulk(to, args.k_scale + from, Tile::page_rows, full, kEvictFirst);
+              copy_bulk(to + C::tile, args.v_scale + from, Tile::page_rows, full, kEvictFirst);
             }
           }
         }

@@ -103,15 +103,6 @@ HELIX_DEVICE void copy_box(void* to, const TensorMap* map, u64* barrier, int x, 
   copy_4d(shared_address(to), map, shared_address(barrier), x, y, z, w, kEvictFirst);
 }
 
-// `bytes` in a row, a multiple of 16 at multiples of 16.
-HELIX_DEVICE void copy_bulk(void* to, const void* from, u64* barrier, u32 bytes) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(kEvictFirst)
-      : "memory");
-}
-
 // To the same address in every block of the cluster that is in `ranks`, each block's own barrier counting its bytes.
 HELIX_DEVICE void copy_4d_multicast(u32 to, const TensorMap* map, u32 barrier, int x0, int x1, int x2, int x3,
                                     u64 policy, u16 ranks) {
