@@ -92,9 +92,7 @@ def _gqa_partial(spec: KernelSpec) -> KernelConfig:
     stage = 2 * tile * token_bytes + 16 + (2 * tile if fp8 else 0)
     used = stages * stage + 2 * 4 * columns * 4 + 64 + 3072 + 16  # GqaShared, gqa_tile.cuh
     shared = -(-used // 1024) * 1024
-    return KernelConfig(
-        spec, threads=160, token_tile=tile, stages=stages, overlap="old_tokens", dynamic_shared=shared
-    )
+    return KernelConfig(spec, threads=160, token_tile=tile, stages=stages, overlap="old_tokens", dynamic_shared=shared)
 
 
 def _gqa_tile(spec: KernelSpec) -> int:
@@ -104,7 +102,8 @@ def _gqa_tile(spec: KernelSpec) -> int:
 def _portable_partial(spec: KernelSpec) -> KernelConfig:
     params = dict(spec.params)
     heads, kv_heads, dim = int(params["heads"]), int(params["kv_heads"]), int(params["head_dim"])
-    size, copies = DTYPE_BYTES[str(params["kv_dtype"])], 1 if params["mla"] else 2
+    tiled = "bfloat16" if params["kv_dtype"] == "float8_e4m3fn" else str(params["kv_dtype"])  # Tiled, partial.cuh
+    size, copies = DTYPE_BYTES[tiled], 1 if params["mla"] else 2
     _check_head_dim(spec)
     for most in _HEAD_TILES:
         tile = _even_tile(heads // kv_heads, most)

@@ -43,9 +43,8 @@ def attention(shape: AttentionShape, arch: str) -> tuple[KernelSpec, ...]:
 
 def _hopper_mla(shape: AttentionShape) -> bool:
     dims = (shape.head_dim, shape.partial_dim) == (576, 512)
-    return (
-        _all_bfloat16(shape) and shape.is_mla and dims and shape.heads in (16, 32, 64, 128) and shape.block in (32, 64)
-    )
+    sizes = shape.heads in (16, 32, 64, 128) and shape.block in (32, 64) and shape.query_tokens == 1
+    return _all_bfloat16(shape) and shape.is_mla and dims and sizes
 
 
 def _hopper_gqa(shape: AttentionShape) -> bool:
@@ -91,9 +90,7 @@ def _gqa_partial(shape: AttentionShape, arch: str) -> KernelSpec:
 
 
 def _gqa_dims(shape: AttentionShape) -> str:
-    cached = "_fp8" if shape.kv_dtype == "float8_e4m3fn" else ""
-    tokens = f"_t{shape.query_tokens}" if shape.query_tokens > 1 else ""
-    return f"h{shape.heads}_kv{shape.kv_heads}_d{shape.head_dim}_b{shape.block}{cached}{tokens}"
+    return f"h{shape.heads}_kv{shape.kv_heads}_d{shape.head_dim}_b{shape.block}{_cached(shape)}{_tokens(shape)}"
 
 
 def _append(shape: AttentionShape, arch: str) -> KernelSpec:
@@ -105,8 +102,13 @@ def _append(shape: AttentionShape, arch: str) -> KernelSpec:
 
 def _partial(shape: AttentionShape, arch: str) -> KernelSpec:
     dims = _dims(shape, f"d{shape.head_dim}")
-    params: Params = (*_heads(shape), ("partial_dim", shape.partial_dim), ("scale", shape.scale))
-    return KernelSpec(f"partial_{dims}", "partial", params, arch)
+    params: Params = (
+        *_heads(shape),
+        ("partial_dim", shape.partial_dim),
+        ("query_tokens", shape.query_tokens),
+        ("scale", shape.scale),
+    )
+    return KernelSpec(f"partial_{dims}{_tokens(shape)}", "partial", params, arch)
 
 
 def _merge(shape: AttentionShape, arch: str) -> KernelSpec:
@@ -134,5 +136,14 @@ def _heads(shape: AttentionShape) -> Params:
 def _dims(shape: AttentionShape, widths: str) -> str:
     """The part of a name that says heads, widths, block and dtypes, such as mla_h64_d576_b32_bf16."""
     heads = f"mla_h{shape.heads}" if shape.is_mla else f"gqa_h{shape.heads}_kv{shape.kv_heads}"
-    cached = "" if shape.kv_dtype == shape.dtype else f"_kv{_SHORT[shape.kv_dtype]}"
-    return f"{heads}_{widths}_b{shape.block}_{_SHORT[shape.dtype]}{cached}"
+    return f"{heads}_{widths}_b{shape.block}_{_SHORT[shape.dtype]}{_cached(shape)}"
+
+
+def _cached(shape: AttentionShape) -> str:
+    """The part of a name that says the cache's dtype, if it has its own."""
+    return "" if shape.kv_dtype == shape.dtype else f"_kv{_SHORT[shape.kv_dtype]}"
+
+
+def _tokens(shape: AttentionShape) -> str:
+    """The part of a name that says how many query tokens, if several."""
+    return "" if shape.query_tokens == 1 else f"_q{shape.query_tokens}"

@@ -95,7 +95,7 @@ template <class C> struct GqaFp8State {
 #pragma unroll
     for (int i = 0; i < lane_tokens; ++i) {
       const u8* at = scales + lane / 4 + i * 8;
-      k_scale[i] = __int_as_float(int(at[0]) << 23), v_scale[i] = float(at[C::tile]);
+      k_scale[i] = scale_to_float(at[0]), v_scale[i] = float(at[C::tile]);
     }
     FragmentB p[halves][eights];
 #pragma unroll
