@@ -1,17 +1,21 @@
-// GQA partial for Hopper: attention of one query token a row over this rank's paged KV, read once at memory speed.
+// GQA partial for Hopper: attention of a row's query tokens over this rank's paged KV, read once at memory speed.
 //
-//   q [B, H, D], k and v [pages, KH, block, D] bf16, page_table [B, max_pages], lengths [B]
-//   ->  o [B, H, D] bf16, normalised by its own softmax sum, and lse [B, H] float32, natural log (no token: 0, -inf)
+//   q [B * T, H, D] bf16, k and v [pages, KH, block, D] bf16, or e4m3 with scales [pages, KH, block] (quantize.py),
+//   page_table [B, max_pages], lengths [B * T]: the tokens that each query token attends, rising in a row
+//   ->  o [B * T, H, D] bf16, normalised by its own softmax sum, and lse [B * T, H] float32, natural log (no token: 0,
+//       -inf)
 //
-// One thread block an SM takes an even share of all tiles of 64 tokens (gqa_schedule.cuh). Its last warp copies K and V
-// tiles ahead through a ring of stages; each of its four other warps takes 16 tokens of every tile, with its own
-// softmax state: no warp waits for another until a unit ends. Tokens are the rows of the products, S^T = K Q^T and
-// O^T += V^T P^T, so that the 1 to 16 query heads of a KV head fill 8 or 16 columns and K and V come straight from
-// shared memory. Units cut between blocks are merged at the end, in the same launch (gqa_merge.cuh): all blocks have to
-// be on the GPU at once, which a grid of one block an SM ensures.
-// NaN beyond a row's length does not spread: scores there become -inf and V rows zero.
-// Shared memory: stages * 2 * 64 * D * 2 bytes; a unit's last stage serves to reduce the warps.
-// Roofline: memory, length * 2 * D * 2 bytes a KV head and row.
+// One thread block an SM takes an even share of all tiles, of 64 tokens in bf16 and 128 in FP8 (gqa_schedule.cuh). Its
+// last warp copies K and V tiles ahead through a ring of stages; each of its four other warps takes a quarter of every
+// tile, with its own softmax state: no warp waits for another until a unit ends. Tokens are the rows of the products,
+// S^T = K Q^T and O^T += V^T P^T, so that the 1 to 16 queries of a KV head, heads of each query token, fill 8 or 16
+// columns and K and V come straight from shared memory (gqa_state.cuh, gqa_fp8_state.cuh). Units cut between blocks are
+// merged at the end, in the same launch (gqa_merge.cuh): all blocks have to be on the GPU at once, which a grid of one
+// block an SM ensures.
+// NaN beyond a row's length does not spread: scores there become -inf and V rows zero. The new tokens that only later
+// query tokens of the row see have weight zero in earlier ones.
+// Shared memory: stages * 2 * 64 * D * 2 bytes (and FP8's scales); a unit's last stage serves to reduce the warps.
+// Roofline: memory, length * 2 * D * 2 bytes a KV head and row, in FP8 length * 2 * (D + 1).
 #pragma once
 #include "helix/gqa_fp8_state.cuh"
 #include "helix/gqa_state.cuh"

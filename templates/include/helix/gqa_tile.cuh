@@ -72,7 +72,7 @@ struct GqaArguments {
   const int* schedule;
   MergeSpace space;
   int rows, max_pages;
-  const u8* k_scale;
+  const u8* k_scale;  // null unless FP8
   const u8* v_scale;
 };
 
