@@ -58,10 +58,8 @@ inline unsigned short floats_to_e4m3x2_bits(float low, float high) {
 
 template <int count> inline void store_words(unsigned* to, const unsigned* from) {
   const unsigned long alignment = 4 * (count < 4 ? count : 4);
-  if ((unsigned long)to % alignment) {
-    std::fprintf(stderr, "a store of %d words to an address that is not a multiple of %lu\n", count, alignment);
-    std::abort();
-  }
+  if ((unsigned long)to % alignment)
+    simt::fail("a store of %d words to an address that is not a multiple of %lu", count, alignment);
   std::memcpy(to, from, sizeof(unsigned) * count);
 }
 
