@@ -10,16 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from helixc.codegen.build import render_all
-from helixc.codegen.problem import KernelSpec
-from helixc.codegen.render import KernelSource
 from helixc.codegen.template_root import template_root
 from helixc_runtime.attend_cuda import HopperGqa
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ops_cuda import CudaOps
 from tests.gpu.kernel_cases import Case, check_attend, gqa, random_case
-from tests.simt import cpu_kernel
-from tests.simt.cpu_kernel import ASYNCHRONY, Gpu, KernelFault
+from tests.simt.cpu_kernel import ASYNCHRONY, Gpu, KernelFault, cpu_ops
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -52,17 +48,7 @@ def hopper_ops(
     shape: AttentionShape, folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: Gpu, root: Path | None = None
 ) -> CudaOps:
     """CudaOps with Hopper's kernels of attend; its other kernels do nothing."""
-
-    def render(specs: tuple[KernelSpec, ...], root: Path) -> tuple[KernelSource, ...]:
-        return tuple(
-            source
-            if source.config.spec.template.startswith("gqa_")
-            else dataclasses.replace(source, text=f'extern "C" void {source.config.spec.name}() {{}}')
-            for source in render_all(specs, root)
-        )
-
-    monkeypatch.setattr(cpu_kernel, "render_all", render)
-    ops = cpu_kernel.cpu_ops(shape, 1, folder, monkeypatch, gpu, root, arch="sm_90a")
+    ops = cpu_ops(shape, 1, folder, monkeypatch, gpu, root, "sm_90a", idle=("append", "combine"))
     assert isinstance(ops._attend, HopperGqa)
     return ops
 
