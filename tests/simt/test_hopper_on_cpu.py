@@ -180,7 +180,7 @@ CLUSTER_BUGS = [
 ]
 
 
-_ATTEMPTS = 12  # a bug that needs a rare order of events is noticed in one of two or so
+_ATTEMPTS = 30  # what needs a rare order of events is noticed in one of two or three
 
 
 def _id(bug: Bug) -> str:
