@@ -163,7 +163,7 @@ def cpu_ops(
         planned = source.config.planned()
         if planned.template in idle:
             source = dataclasses.replace(source, text=f'extern "C" void {planned.name}() {{}}')
-        library = _build(source, root)
+        library = build(source, root)
         link = folder / library.name
         link.unlink(missing_ok=True)
         link.symlink_to(library)
@@ -171,9 +171,9 @@ def cpu_ops(
     return ops_cuda.CudaOps(shape, kernels, folder, torch.device("cpu"))
 
 
-def _build(source: KernelSource, root: Path) -> Path:
+def build(source: KernelSource, root: Path | None = None) -> Path:
     """The shared library of a kernel; equal ones are built once a process."""
-    include = (_HERE / "include", root / "include")
+    include = (_HERE / "include", (root or template_root()) / "include")
     name = source.config.spec.name
     text = _ENTRY.format(text=source.text, name=name, cluster=source.config.cluster or 1)
     digest = hashlib.sha256("\0".join(_with_headers(text, include)).encode()).hexdigest()[:16]

@@ -180,7 +180,7 @@ CLUSTER_BUGS = [
 ]
 
 
-_ATTEMPTS = 6
+_ATTEMPTS = 30  # what needs a rare order of events is noticed in one of two or three
 
 
 def _id(bug: Bug) -> str:
@@ -222,13 +222,16 @@ def _noticed(
     case = random_case(shape, lengths, CPU, seed)
     _store_new_tokens(case, seed)
     root = _planted(bug, folder)
+    other = dataclasses.replace(case, q=case.q.flip(1))  # after it, the workspace is as a launch left it
+    steps = [
+        (step, TorchOps(shape).attend(step.q.double(), to_double(step.cache), step.batch)) for step in (case, other)
+    ]
     for attempt in range(_ATTEMPTS):
         gpu = Gpu(bug.processors, seed + attempt, ("late", "random", "early")[attempt % 3])
         ops = hopper_ops(shape, folder, monkeypatch, gpu, root)
         try:
-            check_attend(ops, case, BOUND)
-            # The workspace as the first left it, and other results.
-            check_attend(ops, dataclasses.replace(case, q=case.q.flip(1)), BOUND)
+            for step, want in steps:
+                check_partial(ops.attend(step.q, step.cache, step.batch), want, BOUND)
         except (AssertionError, KernelFault) as error:
             print(f"{gpu.asynchrony}, attempt {attempt}: {error}")
             return True
