@@ -86,7 +86,7 @@ def test_a_bulk_copy(asynchrony: str, monkeypatch: pytest.MonkeyPatch) -> None:
   __syncthreads();
   if (thread == 0) {
     helix::barrier_expect(base, 512);
-    helix::copy_bulk(base + 1024, from, 512, base);
+    helix::copy_bulk(base + 1024, from, 512, base, helix::kEvictFirst);
   }
   helix::barrier_wait(base, 0);
   to[thread] = helix::load_shared(base + 1024 + 4 * thread);"""
@@ -123,7 +123,7 @@ def test_a_bulk_copy(asynchrony: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             "if (thread == 0) { helix::barrier_init(base, 1); helix::barrier_expect(base, 16); "
-            "helix::copy_bulk(base + 16, out, 16, base); }",
+            "helix::copy_bulk(base + 16, out, 16, base, helix::kEvictFirst); }",
             "ended with a copy into its memory under way",
         ),
         (
