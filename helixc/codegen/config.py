@@ -14,7 +14,7 @@ _THREADS = 128
 _WARP = 32
 _VECTOR_BYTES = 16  # the widest load and store of one thread
 _HOPPER_SHARED = 231_424  # what the MLA partial uses of the 232,448 bytes a thread block may have
-_GQA_TILE = 64
+_GQA_TILES = {"bfloat16": 64, "float8_e4m3fn": 128}  # tokens, 32 KiB of K and V at D 128
 _HEAD_TILES = (8, 4, 2, 1)
 _TOKEN_TILES = (64, 32, 16, 8, 4)
 
@@ -61,7 +61,7 @@ def configure(spec: KernelSpec) -> KernelConfig:
         case "mla_merge":
             return KernelConfig(spec, threads=512, max_splits=MAX_PROCESSORS)
         case "gqa_schedule":
-            return KernelConfig(spec, threads=32, token_tile=_GQA_TILE)
+            return KernelConfig(spec, threads=32, token_tile=_gqa_tile(spec))
         case "gqa_partial":
             return _gqa_partial(spec)
         case _:
@@ -84,13 +84,19 @@ def _append(spec: KernelSpec) -> KernelConfig:
 def _gqa_partial(spec: KernelSpec) -> KernelConfig:
     """Four warps that compute and one that copies; 128 KiB of K and V in flight."""
     params = dict(spec.params)
-    dim, columns = int(params["head_dim"]), 8 if int(params["heads"]) // int(params["kv_heads"]) <= 8 else 16
+    dim, tile = int(params["head_dim"]), _gqa_tile(spec)
+    queries = int(params["heads"]) // int(params["kv_heads"]) * int(params["query_tokens"])
+    fp8 = params["kv_dtype"] == "float8_e4m3fn"
+    columns, token_bytes = 8 if queries <= 8 else 16, dim if fp8 else 2 * dim
     stages = 512 // dim
-    used = stages * (2 * _GQA_TILE * dim * 2 + 16) + 2 * 4 * columns * 4 + 64 + 3072 + 16  # GqaShared, gqa_tile.cuh
+    stage = 2 * tile * token_bytes + 16 + (2 * tile if fp8 else 0)
+    used = stages * stage + 2 * 4 * columns * 4 + 64 + 3072 + 16  # GqaShared, gqa_tile.cuh
     shared = -(-used // 1024) * 1024
-    return KernelConfig(
-        spec, threads=160, token_tile=_GQA_TILE, stages=stages, overlap="old_tokens", dynamic_shared=shared
-    )
+    return KernelConfig(spec, threads=160, token_tile=tile, stages=stages, overlap="old_tokens", dynamic_shared=shared)
+
+
+def _gqa_tile(spec: KernelSpec) -> int:
+    return _GQA_TILES[str(dict(spec.params)["kv_dtype"])]
 
 
 def _portable_partial(spec: KernelSpec) -> KernelConfig:

@@ -15,7 +15,7 @@ TensorMap = ctypes.Array[ctypes.c_uint8]
 
 
 def tensor_map(tensor: Tensor, dims: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> TensorMap:
-    """The map of a bfloat16 `tensor` seen with `dims`, innermost first, copied in boxes of `box`, 128-byte swizzled.
+    """The map of `tensor` as 2-byte elements in `dims`, innermost first, copied in boxes of `box`, 128-byte swizzled.
 
     `strides`: bytes between neighbours along every dim but the innermost. Reads outside are zeros. Raises CubinError.
     """

@@ -49,6 +49,12 @@ ATTENTION = [
     mla(16, 4, "float32", kv_dtype="float8_e4m3fn"),
     mla(64, 64, query_tokens=2),
     gqa(64, 8, 128, 32, kv_dtype="float8_e4m3fn"),
+    gqa(16, 1, 128, 64, kv_dtype="float8_e4m3fn"),
+    gqa(32, 32, 64, 256, kv_dtype="float8_e4m3fn"),
+    gqa(10, 2, 64, 16, kv_dtype="float8_e4m3fn", query_tokens=3),
+    gqa(8, 2, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
+    gqa(8, 2, 128, 64, query_tokens=4),
+    gqa(5, 1, 64, 16, query_tokens=3),
     gqa(13, 1, 72, 64, "float16", kv_dtype="float8_e4m3fn", query_tokens=3),
 ]
 

@@ -45,9 +45,14 @@ def test_names_say_what_a_kernel_is_specialised_on() -> None:
         (gqa(8, 1, 128, 4), False),
         (gqa(8, 1, 128, 96), False),
         (mla(64, 32, query_tokens=2), False),
-        (gqa(8, 1, 128, 64, query_tokens=4), False),
+        (gqa(8, 1, 128, 64, query_tokens=2), True),
+        (gqa(8, 1, 128, 64, query_tokens=3), False),  # 24 queries a KV head
         (mla(64, 32, kv_dtype="float8_e4m3fn"), False),
-        (gqa(8, 1, 128, 64, kv_dtype="float8_e4m3fn"), False),
+        (gqa(8, 1, 128, 64, kv_dtype="float8_e4m3fn"), True),
+        (gqa(4, 1, 64, 16, kv_dtype="float8_e4m3fn", query_tokens=4), True),
+        (gqa(8, 1, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=3), False),
+        (gqa(8, 1, 128, 192, kv_dtype="float8_e4m3fn"), False),  # no tile of 128 tokens is filled by it
+        (gqa(8, 1, 128, 64, "float16", kv_dtype="float8_e4m3fn"), False),
     ],
 )
 def test_hopper_kernels_where_they_serve_the_shape(shape: AttentionShape, hopper: bool) -> None:
@@ -153,6 +158,8 @@ def test_names_are_unique() -> None:
     ]
     specs = {spec for shape in shapes for spec in attention(shape, "sm_100a")}
     assert len({spec.name for spec in specs}) == len(specs) == len(shapes) + 2  # and a merge of each width
+    hopper = {spec for shape in shapes for spec in attention(shape, "sm_90a")}
+    assert len({spec.name for spec in hopper}) == len(hopper)
 
 
 def test_dims_no_kernel_serves() -> None:

@@ -21,8 +21,7 @@
 namespace helix {
 
 template <class C> HELIX_DEVICE void mla_partial(const MlaArguments& a, const MlaMaps& maps) {
-  extern __shared__ __align__(1024) u8 memory[];
-  const u32 base = shared_address(memory);
+  const u32 base = shared_address(dynamic_shared());
   if (threadIdx.x == 0) {
     prefetch_map(maps.q);
     prefetch_map(maps.kv);
