@@ -30,12 +30,18 @@ struct Schedule {
 
 HELIX_DEVICE int tiles_of(int length) { return (length + kTileTokens - 1) / kTileTokens; }
 
+// A row's largest bound: it rises from one query token to the next.
+template <int kRowTokens> HELIX_DEVICE int longest(const int* lengths, int row) {
+  return lengths[row * kRowTokens + kRowTokens - 1];
+}
+
+template <int kRowTokens>
 HELIX_DEVICE void make_schedule(Schedule out, const int* lengths, int rows, int workers) {
   constexpr int kCached = 2048;
   __shared__ int lanes[32], cached[kCached];
   int mine = 0;
   for (int row = threadIdx.x; row < rows; row += blockDim.x) {
-    const int length = lengths[row];
+    const int length = longest<kRowTokens>(lengths, row);
     mine += tiles_of(length);
     if (row < kCached) cached[row] = length;
   }
@@ -78,7 +84,7 @@ HELIX_DEVICE void make_schedule(Schedule out, const int* lengths, int rows, int 
       if (at < tiles) break;
       if (!whole) out.split[splits++] = {row, row_first_partial, partial - row_first_partial, 0};
       ++row, at = 0;
-      if (row < rows) length = row < kCached ? cached[row] : lengths[row];
+      if (row < rows) length = row < kCached ? cached[row] : longest<kRowTokens>(lengths, row);
       if (load >= share && workers_left > 1) break;
     }
     out.segments[worker] = first;
