@@ -7,17 +7,15 @@ namespace helix {
 
 // 16 columns of 32 tokens of V', as operands of two products of 16 tokens. The columns of a pair come as rows r and
 // r + 8 of the operand, since they are the even and the odd bytes of what a lane loads.
-template <class C>
-HELIX_DEVICE void mla_fp8_values(FragmentA (&v)[2], u32 address, u32 base, u32 factors, bool exceeds) {
-  const FragmentA words = load_matrices_transposed(address);
-  const Vector16 factor = load_shared_vector(base + MlaFp8Shared<C>::factors + factors);
+HELIX_DEVICE void mla_fp8_values(FragmentA (&v)[2], const FragmentA& words, const Vector16& factor) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     v[i / 2].x[i % 2 * 2] = e4m3_even(words.x[i], factor.words[i]);
     v[i / 2].x[i % 2 * 2 + 1] = e4m3_odd(words.x[i], factor.words[i]);
   }
-  if (!exceeds) return;
-  const Vector16 excess = load_shared_vector(base + MlaFp8Shared<C>::excess + factors);
+}
+
+HELIX_DEVICE void mla_fp8_exceed(FragmentA (&v)[2], const Vector16& excess) {
 #pragma unroll
   for (int i = 0; i < 8; ++i)
     v[i / 4].x[i % 4] = multiply_bfloat16(v[i / 4].x[i % 4], excess.words[i / 2]);
@@ -46,7 +44,7 @@ template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u
   constexpr int kSums = C::columns / 2;
   const int thread = int(threadIdx.x) % 128, lane = thread % 32;
   // A lane's row of the matrices it loads: of columns 16 warp on, in the first 64 of a group. The other 64: xor 64.
-  const u32 mine = latent_offset(lane, 2 * side, thread / 32 * 16), factors = factor_offset(2 * side, 0, lane % 4);
+  const u32 mine = latent_offset(lane, 2 * side, thread / 32 * 16), factors = base + M8::factors + factor_offset(2 * side, 0, lane % 4);
   RingStage<C> stage;
   u32 p_parity = 0;
   Segments<C> segments(a.segments);
@@ -82,12 +80,18 @@ template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u
       }
       const MatrixOperand p(base + M8::p, 16, 1024);
       const u32 values = base + M8::tile(stage.index) + mine;
-      FragmentA v[2][2];
+      FragmentA v[2][2], words = load_matrices_transposed(values);
 #pragma unroll
       for (int batch = 0; batch < 8; ++batch) {
         const int chunk = batch / 2, half = batch % 2;
-        const u32 at = (values + half * (M8::kLatent / 2) + chunk / 2 * 1024) ^ (chunk % 2 * 64);
-        mla_fp8_values<C>(v[batch % 2], at, base, factors + chunk / 2 * 128 + half * 64, flags & kExcess);
+        const u32 factor = factors + factor_offset(chunk / 2, half, 0);
+        mla_fp8_values(v[batch % 2], words, load_shared_vector(factor));
+        if (flags & kExcess)
+          mla_fp8_exceed(v[batch % 2], load_shared_vector(factor + M8::kFactors));
+        if (batch < 7) {  // ahead of the products, which are waited for before the next conversion
+          const int next = (batch + 1) / 2, next_half = (batch + 1) % 2;
+          words = load_matrices_transposed((values + next_half * (M8::kLatent / 2) + next / 2 * 1024) ^ (next % 2 * 64));
+        }
         wgmma_begin();
 #pragma unroll
         for (int step = 0; step < 2; ++step)

@@ -55,7 +55,10 @@ HELIX_DEVICE void mla_fp8_scores(float (&s)[kSums], u32 base, u32 tile, const To
   const u32 lane = threadIdx.x % 32, token = threadIdx.x % 128 / 32 * 16 + lane % 16, column = lane / 16 * 16;
   const u32 latent = tile + latent_offset(token, 0, column), rotary = tile + rotary_offset(token, column);
   const MatrixOperand q(base + M8::q, 16, M8::kQGroup);
-  FragmentA k[2][2];
+  const auto address = [&](int batch) {
+    return batch / 4 == kRotaryGroup ? rotary ^ (batch % 2 * 32) : (latent + batch / 4 * 1024) ^ (batch % 4 * 32);
+  };
+  FragmentA k[2][2], words = load_matrices(address(0));
   u32 factor[2];
 #pragma unroll
   for (int batch = 0; batch < 18; ++batch) {  // 32 columns
@@ -64,8 +67,6 @@ HELIX_DEVICE void mla_fp8_scores(float (&s)[kSums], u32 base, u32 tile, const To
 #pragma unroll
       for (int r = 0; r < 2; ++r) factor[r] = both_halves(scales.factor(group, r));
     }
-    const u32 at = group == kRotaryGroup ? rotary ^ (batch % 2 * 32) : (latent + group * 1024) ^ (batch % 4 * 32);
-    const FragmentA words = load_matrices(at);
     FragmentA(&mine)[2] = k[batch % 2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -80,6 +81,7 @@ HELIX_DEVICE void mla_fp8_scores(float (&s)[kSums], u32 base, u32 tile, const To
         for (int i = 0; i < 4; ++i) mine[i / 2].x[i % 2 * 2 + r] = multiply_bfloat16(mine[i / 2].x[i % 2 * 2 + r], excess);
       }
     }
+    if (batch < 17) words = load_matrices(address(batch + 1));  // ahead of the products, which are waited for
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < 2; ++step)
