@@ -30,21 +30,27 @@ template <class C> HELIX_DEVICE void mla_fp8_order_queries(u32 q) {
   named_barrier(1, 128);
 }
 
-// Scale bytes of a thread's two tokens; those from `valid` on have none.
+// Scale bytes of a thread's two tokens; 0, the least scale, for those from `valid` on, whose bytes may be anything.
 struct TokenScales {
-  u32 address;
-  bool valid[2];
-  HELIX_DEVICE TokenScales(u32 bytes, int limit) : address(bytes + mla_fp8_token() * kGroups) {
-    valid[0] = int(mla_fp8_token()) < limit, valid[1] = int(mla_fp8_token()) + 8 < limit;
-  }
-  HELIX_DEVICE u32 byte(int group, int r) const { return load_shared_byte(address + group + r * 8 * kGroups); }
-  HELIX_DEVICE u32 factor(int group, int r) const { return valid[r] ? e4m3_factor(byte(group, r)) : 0; }
-  HELIX_DEVICE u32 excess(int group, int r) const { return e4m3_excess(valid[r] ? byte(group, r) : 0); }
-  HELIX_DEVICE bool exceeds() const {
-    bool any = false;
+  u32 bytes[kGroups][2];
+  u32 own[2];  // those of group lane % 4, the one whose factors this thread publishes
+
+  HELIX_DEVICE TokenScales(u32 from, int valid) {
 #pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i) any |= valid[i % 2] && e4m3_exceeds(byte(i / 2, i % 2));
-    return __any_sync(0xffffffffu, any);
+    for (int r = 0; r < 2; ++r) {
+      const u32 token = mla_fp8_token() + 8 * r, at = from + token * kGroups;
+      const bool counts = int(token) < valid;
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) bytes[group][r] = counts ? load_shared_byte(at + group) : 0;
+      own[r] = counts ? load_shared_byte(at + threadIdx.x % 4) : 0;
+    }
+  }
+  // Of any token of the warp.
+  HELIX_DEVICE bool exceeds() const {
+    u32 most = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * kGroups; ++i) most = max(most, bytes[i / 2][i % 2]);
+    return __any_sync(0xffffffffu, e4m3_exceeds(most));
   }
 };
 
@@ -65,7 +71,7 @@ HELIX_DEVICE void mla_fp8_scores(float (&s)[kSums], u32 base, u32 tile, const To
     const int group = batch / 4;
     if (batch % 4 == 0) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) factor[r] = both_halves(scales.factor(group, r));
+      for (int r = 0; r < 2; ++r) factor[r] = both_halves(e4m3_factor(scales.bytes[group][r]));
     }
     FragmentA(&mine)[2] = k[batch % 2];
 #pragma unroll
@@ -76,7 +82,7 @@ HELIX_DEVICE void mla_fp8_scores(float (&s)[kSums], u32 base, u32 tile, const To
     if (exceeds) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const u32 excess = both_halves(scales.excess(group, r));
+        const u32 excess = both_halves(e4m3_excess(scales.bytes[group][r]));
 #pragma unroll
         for (int i = 0; i < 4; ++i) mine[i / 2].x[i % 2 * 2 + r] = multiply_bfloat16(mine[i / 2].x[i % 2 * 2 + r], excess);
       }
@@ -254,9 +260,6 @@ template <class C> HELIX_DEVICE void mla_fp8_softmax(const MlaArguments& a, u32 
       barrier_wait(base + M8::full(stage.index), stage.parity);
       const TokenScales scales(opaque(base) + M8::scale_bytes(stage.index), valid);
       const bool exceeds = scales.exceeds();
-      const u32 group = lane % 4;  // whose factors this thread publishes
-      const u32 factors[2] = {scales.factor(group, 0), scales.factor(group, 1)};
-      const u32 excess[2] = {scales.excess(group, 0), scales.excess(group, 1)};
       mla_fp8_scores<C>(s, base, opaque(base) + M8::tile(stage.index), scales, exceeds);
       __syncwarp();
       mla_release<C>(base + M8::empty(stage.index));
@@ -278,8 +281,9 @@ template <class C> HELIX_DEVICE void mla_fp8_softmax(const MlaArguments& a, u32 
       p_parity ^= 1;
       if (last) softmax.finish(base + M8::p, base + M8::inverse, lse);
       mla_fp8_publish_weights<C>(s, base + M8::p);
-      mla_fp8_publish_factors<C>(base + M8::factors, factors[0], factors[1]);
-      if (flags & kExcess) mla_fp8_publish_factors<C>(base + M8::excess, excess[0], excess[1]);
+      mla_fp8_publish_factors<C>(base + M8::factors, e4m3_factor(scales.own[0]), e4m3_factor(scales.own[1]));
+      if (flags & kExcess)
+        mla_fp8_publish_factors<C>(base + M8::excess, e4m3_excess(scales.own[0]), e4m3_excess(scales.own[1]));
       fence_async_proxy();
       barrier_arrive(base + M8::p_full);
       valid -= kTileTokens;
