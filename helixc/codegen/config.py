@@ -98,7 +98,8 @@ def _gqa_partial(spec: KernelSpec) -> KernelConfig:
 def _portable_partial(spec: KernelSpec) -> KernelConfig:
     params = dict(spec.params)
     heads, kv_heads, dim = int(params["heads"]), int(params["kv_heads"]), int(params["head_dim"])
-    size, copies = DTYPE_BYTES[str(params["kv_dtype"])], 1 if params["mla"] else 2
+    tiled = "bfloat16" if params["kv_dtype"] == "float8_e4m3fn" else str(params["kv_dtype"])  # Tiled, partial.cuh
+    size, copies = DTYPE_BYTES[tiled], 1 if params["mla"] else 2
     if dim % 8:
         raise ValueError(f"{spec.name}: head_dim {dim} is not a multiple of 8")
     for most in _HEAD_TILES:

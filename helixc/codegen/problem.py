@@ -10,7 +10,7 @@ from helixc_runtime.attention_shape import AttentionShape
 Param = int | float | str | bool
 Params = tuple[tuple[str, Param], ...]
 
-_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float8_e4m3fn": "f8e4m3"}
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float8_e4m3fn": "f8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,8 @@ def _hopper_mla(shape: AttentionShape) -> bool:
 
 def _hopper_gqa(shape: AttentionShape) -> bool:
     pages = shape.block % 64 == 0 or shape.block in (16, 32)  # boxes of the copy engine that fill a tile of 64 tokens
-    return _all_bfloat16(shape) and not shape.is_mla and shape.head_dim in (64, 128) and shape.group <= 16 and pages
+    sizes = shape.head_dim in (64, 128) and shape.group <= 16 and pages and shape.query_tokens == 1
+    return _all_bfloat16(shape) and not shape.is_mla and sizes
 
 
 def _all_bfloat16(shape: AttentionShape) -> bool:
@@ -107,8 +108,14 @@ def _append(shape: AttentionShape, arch: str) -> KernelSpec:
 
 def _partial(shape: AttentionShape, arch: str) -> KernelSpec:
     dims = _dims(shape, f"d{shape.head_dim}")
-    params: Params = (*_heads(shape), ("partial_dim", shape.partial_dim), ("scale", shape.scale))
-    return KernelSpec(f"partial_{dims}", "partial", params, arch)
+    tokens = "" if shape.query_tokens == 1 else f"_q{shape.query_tokens}"
+    params: Params = (
+        *_heads(shape),
+        ("partial_dim", shape.partial_dim),
+        ("query_tokens", shape.query_tokens),
+        ("scale", shape.scale),
+    )
+    return KernelSpec(f"partial_{dims}{tokens}", "partial", params, arch)
 
 
 def _merge(shape: AttentionShape, arch: str) -> KernelSpec:

@@ -19,7 +19,7 @@ from helixc_runtime.tensor_map import TensorMap, TensorMaps
 
 # The launch arguments of each template, in order.
 ARGUMENTS: dict[str, tuple[str, ...]] = {
-    "partial": ("pointer",) * 7 + ("int32",),
+    "partial": ("pointer",) * 9 + ("int32",),
     "merge": ("pointer",) * 4 + ("int32", "int32"),
     "mla_schedule": ("pointer",) * 4 + ("int32", "int32"),
     "mla_partial": ("map",) * 3 + ("pointer",) * 6 + ("int32", "pointer"),
@@ -79,16 +79,16 @@ class Portable:
         """Nothing: the splits follow from the shapes."""
 
     def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> None:
-        rows, max_pages = batch.page_table.shape
+        queries, max_pages = len(q), batch.page_table.shape[1]
         tiles = self.shape.kv_heads * -(-self.shape.group // int(self.partial_kernel.params["head_tile"]))
         token_tile = int(self.partial_kernel.params["token_tile"])
-        splits = self._splits(rows * tiles, max_pages * self.shape.block, token_tile)
-        size = (splits, rows, self.shape.heads)
+        splits = self._splits(queries * tiles, max_pages * self.shape.block, token_tile)
+        size = (splits, queries, self.shape.heads)
         o = torch.empty(*size, self.shape.partial_dim, dtype=torch.float32, device=self.device)
         lse = torch.empty(*size, dtype=torch.float32, device=self.device)
-        pointers = (o, lse, q, cache.k, cache.v, batch.page_table, batch.lengths)
-        self.partial.launch((tiles, rows, splits), *map(address, pointers), max_pages)
-        count = rows * self.shape.heads
+        pointers = (o, lse, q, cache.k, cache.v, cache.k_scale, cache.v_scale, batch.page_table, batch.lengths)
+        self.partial.launch((tiles, queries, splits), *map(address, pointers), max_pages)
+        count = queries * self.shape.heads
         per_block = int(self.merge_kernel.params["threads"]) // _WARP
         blocks = (-(-count // per_block), 1, 1)
         self.merge.launch(blocks, *map(address, (out.o, out.lse, o, lse)), splits, count)

@@ -79,6 +79,7 @@ class CudaOps:
         check_attend(self.shape, q, cache, batch)
         self._expect(self.shape.dtype, q=q)
         self._expect(self.shape.kv_dtype, cache_k=cache.k, cache_v=cache.v)
+        self._expect("uint8", k_scale=cache.k_scale, v_scale=cache.v_scale)
         _expect_aligned(cache)
         if self._step is not batch:
             self.begin_step(batch)

@@ -201,6 +201,30 @@ def quantization_error(case: Case) -> float:
     return relative_error(got.o, want.o)
 
 
+def check_elements(ops: Ops, shape: AttentionShape, device: torch.device) -> None:
+    """Attention over one token gives back its value: every FP8 element, NaN included, under every scale there is.
+
+    `shape` is of FP8 GQA with one head of 256 columns, and float32 elsewhere.
+    """
+    scales = torch.arange(27, 248, dtype=torch.uint8)
+    rows = len(scales)
+    v = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
+    size = (rows, 1, shape.block, 256)
+    cache = LayerCache(
+        k=torch.zeros(size).to(torch.float8_e4m3fn),
+        v=v.view(torch.uint8).expand(size).contiguous().view(torch.float8_e4m3fn),
+        k_scale=torch.full((*size[:3], 2), 127, dtype=torch.uint8),
+        v_scale=scales.view(rows, 1, 1, 1).expand(*size[:3], 2).contiguous(),
+    )
+    ones, nothing = torch.ones(rows, dtype=torch.int32), torch.zeros(rows, 128)
+    table = torch.arange(rows, dtype=torch.int32).unsqueeze(1)
+    batch = DecodeBatch(nothing, nothing, table.to(device), ones.to(device), ones, ones)
+    got = ops.attend(torch.zeros(rows, 1, 256).to(device), _moved(cache, device), batch)
+    want = dequantize(v.expand(rows, 256), scales.unsqueeze(1).expand(rows, 2))
+    assert int(want.isnan().sum()) == 2 * rows
+    torch.testing.assert_close(got.o[:, 0].cpu(), want, rtol=0, atol=0, equal_nan=True)
+
+
 def check_combine(ops: Ops, shape: AttentionShape, parts: int, device: torch.device, seed: int, bound: float) -> None:
     """Merge random partials, some empty with NaN in their memory, one row empty in every part."""
     generator = torch.Generator().manual_seed(seed)

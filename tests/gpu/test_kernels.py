@@ -19,6 +19,7 @@ from tests.gpu.kernel_cases import (
     check_append,
     check_attend,
     check_combine,
+    check_elements,
     check_partial,
     gqa,
     mla,
@@ -50,6 +51,20 @@ SHAPES = {
     "nine heads": gqa(9, 3, 64, 4),
     "thirteen heads": gqa(13, 1, 72, 64),
     "one head": gqa(1, 1, 256, 32),
+}
+
+
+FP8_OR_TOKENS = {
+    "deepseek-v3 tp2 fp8": mla(64, 64, kv_dtype="float8_e4m3fn"),
+    "deepseek-v3 tp1 fp8, 4 tokens": mla(128, 32, kv_dtype="float8_e4m3fn", query_tokens=4),
+    "deepseek-v3 tp8, 2 tokens": mla(16, 4, query_tokens=2),
+    "deepseek-v3 float32, fp8, 3 tokens": mla(16, 4, "float32", kv_dtype="float8_e4m3fn", query_tokens=3),
+    "llama-3.1-70b tp1 fp8": gqa(64, 8, 128, 32, kv_dtype="float8_e4m3fn"),
+    "llama-3.1-70b tp2 fp8, 2 tokens": gqa(32, 4, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=2),
+    "qwen3-8b, 3 tokens": gqa(32, 8, 128, 32, "float16", query_tokens=3),
+    "smollm2 fp8, 4 tokens": gqa(9, 3, 64, 4, "float32", kv_dtype="float8_e4m3fn", query_tokens=4),
+    "thirteen heads fp8": gqa(13, 1, 72, 64, kv_dtype="float8_e4m3fn"),
+    "two groups of columns": gqa(4, 2, 200, 4, "float16", kv_dtype="float8_e4m3fn", query_tokens=2),
 }
 
 
@@ -87,6 +102,20 @@ def test_append_and_attend(
     ops, case = build(shape, 2, folder, device), random_case(shape, lengths, device, seed)
     check_append(ops, case, BOUNDS[shape.dtype])
     check_attend(ops, case, BOUNDS[shape.dtype])
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("shape", FP8_OR_TOKENS.values(), ids=FP8_OR_TOKENS.keys())
+def test_attend_fp8_and_query_tokens(
+    shape: AttentionShape, lengths: list[int], folder: Path, device: torch.device, seed: int
+) -> None:
+    ops, case = build(shape, 1, folder, device), random_case(shape, lengths, device, seed, appended=True)
+    check_attend(ops, case, BOUNDS[shape.dtype])
+
+
+def test_every_fp8_element_is_read_exactly(folder: Path, device: torch.device) -> None:
+    shape = gqa(1, 1, 256, 4, "float32", kv_dtype="float8_e4m3fn")
+    check_elements(build(shape, 1, folder, device), shape, device)
 
 
 @pytest.mark.parametrize("cp", [1, 2, 3, 8])

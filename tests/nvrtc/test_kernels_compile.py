@@ -13,7 +13,7 @@ import pytest
 
 from helixc.codegen.build import Cubin, compile_all, render_all
 from helixc.codegen.nvrtc import CompileError, Nvrtc, NvrtcMissing
-from helixc.codegen.problem import KernelSpec, problems
+from helixc.codegen.problem import KernelSpec, attention, problems
 from helixc.codegen.render import KernelSource
 from helixc.codegen.template_root import template_root
 from tests.gpu.kernel_cases import gqa, mla
@@ -36,6 +36,13 @@ SHAPES = [
     gqa(9, 3, 64, 4, "float32"),
     gqa(13, 1, 72, 64, "float16"),
 ]
+ATTENTION = [
+    mla(128, 32, kv_dtype="float8_e4m3fn", query_tokens=4),
+    mla(16, 4, "float32", kv_dtype="float8_e4m3fn"),
+    mla(64, 64, query_tokens=2),
+    gqa(64, 8, 128, 32, kv_dtype="float8_e4m3fn"),
+    gqa(13, 1, 72, 64, "float16", kv_dtype="float8_e4m3fn", query_tokens=3),
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _specs() -> tuple[KernelSpec, ...]:
-    return tuple(dict.fromkeys(s for arch in ARCHES for shape in SHAPES for s in problems(shape, 2, arch)))
+    whole = (s for arch in ARCHES for shape in SHAPES for s in problems(shape, 2, arch))
+    others = (s for arch in ARCHES for shape in ATTENTION for s in attention(shape, arch))
+    return tuple(dict.fromkeys((*whole, *others)))
 
 
 def _small() -> tuple[KernelSource, ...]:

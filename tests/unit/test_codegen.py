@@ -25,6 +25,8 @@ def test_names_say_what_a_kernel_is_specialised_on() -> None:
     assert names["sm_100a"] == [append, "partial_mla_h64_d576_b32_bf16", "merge_p512_bf16", combine]
     assert problems(gqa(8, 1, 128, 32), 1, "sm_90a")[-1].name == "combine_cp1_p128_bf16"
     assert problems(gqa(8, 1, 128, 32, "float16"), 1, "")[1].name == "partial_gqa_h8_kv1_d128_b32_f16"
+    fp8 = mla(64, 32, kv_dtype="float8_e4m3fn", query_tokens=4)
+    assert attention(fp8, "sm_100a")[0].name == "partial_mla_h64_d576_b32_bf16_kvf8_q4"
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,10 @@ def test_names_say_what_a_kernel_is_specialised_on() -> None:
         (gqa(8, 1, 96, 64), False),
         (gqa(8, 1, 128, 4), False),
         (gqa(8, 1, 128, 96), False),
+        (mla(64, 32, query_tokens=2), False),
+        (gqa(8, 1, 128, 64, query_tokens=4), False),
+        (mla(64, 32, kv_dtype="float8_e4m3fn"), False),
+        (gqa(8, 1, 128, 64, kv_dtype="float8_e4m3fn"), False),
     ],
 )
 def test_hopper_kernels_where_they_serve_the_shape(shape: AttentionShape, hopper: bool) -> None:
@@ -105,6 +111,20 @@ def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     assert names_for(("sm_90a",), model, ranks[0], context, 32) == ()
     planned = configure(specs[2]).planned()
     assert planned.params["scale"] == 0.125 and planned.cubin is None
+
+
+def test_names_are_unique() -> None:
+    shapes = [
+        shape
+        for kv_dtype in ("bfloat16", "float8_e4m3fn")
+        for tokens in (1, 2, 3, 4)
+        for shape in (
+            mla(16, 32, kv_dtype=kv_dtype, query_tokens=tokens),
+            gqa(8, 1, 128, 32, kv_dtype=kv_dtype, query_tokens=tokens),
+        )
+    ]
+    specs = {spec for shape in shapes for spec in attention(shape, "sm_100a")}
+    assert len({spec.name for spec in specs}) == len(specs) == len(shapes) + 2  # and a merge of each width
 
 
 def test_dims_no_kernel_serves() -> None:

@@ -266,7 +266,7 @@ def test_fp8_loses_little(shape: AttentionShape, seed: int) -> None:
 @pytest.mark.parametrize("block", [1, 4, 32])
 def test_cases_are_hostile(tokens: int, block: int, seed: int) -> None:
     """Bounds follow from what is owned, slots follow the tokens that are there, all else is poison."""
-    lengths = [block + 1, 7, 3 * block + 1, 0, 2, 40, 1, 0, 33]
+    lengths = [block + 4, 7, 3 * block + 1, 0, 2, 40, 1, 0, 33]
     shape = gqa(2, 1, 8, block, kv_dtype="float8_e4m3fn", query_tokens=tokens)
     case, full = (random_case(shape, lengths, CPU, seed, appended=appended) for appended in (False, True))
     counts = set()

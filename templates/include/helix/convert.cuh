@@ -12,6 +12,12 @@ HELIX_DEVICE float float16_bits_to_float(unsigned short bits) {
   return y;
 }
 
+HELIX_DEVICE float float8_e4m3_bits_to_float(unsigned char bits) {
+  unsigned pair;  // of float16
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"((unsigned short)bits));
+  return float16_bits_to_float((unsigned short)pair);
+}
+
 HELIX_DEVICE unsigned short float_to_bfloat16_bits(float x) {
   unsigned short bits;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));

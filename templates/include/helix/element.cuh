@@ -12,10 +12,15 @@ using i64 = long long;
 
 struct bfloat16 { u16 bits; };
 struct float16 { u16 bits; };
+struct float8_e4m3fn { u8 bits; };  // of a cache only, with block scales: see below
 using float32 = float;
 
 // 16 bytes: the widest load and store of one thread.
 struct alignas(16) Vector16 { u32 words[4]; };
+
+// FP8 caches: so many columns of a token and KV head share a scale, a power of two; its byte is a float's exponent.
+constexpr int kScaleColumns = 128;
+HELIX_DEVICE float scale_to_float(u8 scale) { return __int_as_float(int(scale) << 23); }
 
 HELIX_DEVICE float minus_infinity() { return __int_as_float(0xff800000); }
 HELIX_DEVICE bool is_minus_infinity(float x) { return __float_as_int(x) == int(0xff800000); }
@@ -23,6 +28,7 @@ HELIX_DEVICE bool is_minus_infinity(float x) { return __float_as_int(x) == int(0
 HELIX_DEVICE float to_float(float x) { return x; }
 HELIX_DEVICE float to_float(bfloat16 x) { return __int_as_float(int(u32(x.bits) << 16)); }
 HELIX_DEVICE float to_float(float16 x) { return float16_bits_to_float(x.bits); }
+HELIX_DEVICE float to_float(float8_e4m3fn x) { return float8_e4m3_bits_to_float(x.bits); }
 
 // Round to nearest even.
 template <class T> HELIX_DEVICE T from_float(float x);

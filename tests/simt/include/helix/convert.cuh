@@ -11,6 +11,13 @@ inline float float16_bits_to_float(unsigned short bits) {
   return float(x);
 }
 
+inline float float8_e4m3_bits_to_float(unsigned char bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if ((bits & 0x7f) == 0x7f) return std::nanf("");
+  const float magnitude = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(float(mantissa), -9);
+  return bits & 0x80 ? -magnitude : magnitude;
+}
+
 inline unsigned short float_to_float16_bits(float x) {
   const _Float16 y = _Float16(x);
   unsigned short bits;
