@@ -26,7 +26,7 @@ class KernelConfig:
     token_tile: int | None = None  # tokens in shared memory at a time
     stages: int | None = None  # tiles in flight
     cluster: int | None = None  # thread blocks that share a tile
-    columns: int | None = None  # queries of a thread block, filled up to what a matrix instruction takes
+    width: int | None = None  # queries of a thread block, filled up to what a matrix instruction takes
     max_splits: int | None = None  # partials of one row that the merge has room for
     overlap: str | None = None  # what it does while the kernel before it still runs: Overlap in gqa_tile.cuh
     dynamic_shared: int | None = None  # bytes of shared memory that the launch gives
@@ -75,11 +75,11 @@ def _mla_queries(spec: KernelSpec) -> int:
 
 def _mla_fp8_partial(spec: KernelSpec) -> KernelConfig:
     """As many tiles in flight as fit beside the queries."""
-    columns = next(n for n in (16, 32, 64) if n >= min(_mla_queries(spec), 64))
-    stages = 4 if columns == 64 else 5
-    used = columns * (1152 + 128 + 8) + stages * (64 * 581 + 16) + 1024 + 32 + 32  # MlaFp8Shared, mla_fp8_layout.cuh
+    width = next(n for n in (16, 32, 64) if n >= min(_mla_queries(spec), 64))
+    stages = 4 if width == 64 else 5
+    used = width * (1152 + 128 + 8) + stages * (64 * 581 + 16) + 1024 + 32 + 32  # MlaFp8Shared, mla_fp8_layout.cuh
     return KernelConfig(
-        spec, threads=512, stages=stages, cluster=_mla_cluster(spec), columns=columns, dynamic_shared=used
+        spec, threads=512, stages=stages, cluster=_mla_cluster(spec), width=width, dynamic_shared=used
     )
 
 

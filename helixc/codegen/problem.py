@@ -60,21 +60,21 @@ def _all_bfloat16(shape: AttentionShape) -> bool:
 
 def _mla_schedule(shape: AttentionShape, arch: str) -> KernelSpec:
     tokens = _row_tokens(shape)
-    return KernelSpec("mla_schedule" + _tokens(tokens), "mla_schedule", (("row_tokens", tokens),), arch)
+    return KernelSpec("mla_schedule" + _several(tokens), "mla_schedule", (("row_tokens", tokens),), arch)
 
 
 def _mla_partial(shape: AttentionShape, arch: str) -> KernelSpec:
     tokens: Params = (("query_tokens", shape.query_tokens), ("row_tokens", _row_tokens(shape)))
     params: Params = (*_heads(shape), ("partial_dim", shape.partial_dim), ("scale", shape.scale), *tokens)
     template = "mla_partial" if shape.kv_dtype == "bfloat16" else "mla_fp8_partial"
-    name = f"{template}_h{shape.heads}{_tokens(shape.query_tokens)}_b{shape.block}"
+    name = f"{template}_h{shape.heads}{_several(shape.query_tokens)}_b{shape.block}"
     return KernelSpec(name, template, params, arch)
 
 
 def _mla_merge(shape: AttentionShape, arch: str) -> KernelSpec:
     tokens = _row_tokens(shape)
     params: Params = (("heads", shape.heads), ("partial_dim", shape.partial_dim), ("row_tokens", tokens))
-    return KernelSpec(f"mla_merge_h{shape.heads}{_tokens(tokens)}", "mla_merge", params, arch)
+    return KernelSpec(f"mla_merge_h{shape.heads}{_several(tokens)}", "mla_merge", params, arch)
 
 
 def _row_tokens(shape: AttentionShape) -> int:
@@ -82,9 +82,9 @@ def _row_tokens(shape: AttentionShape) -> int:
     return max(n for n in range(1, shape.query_tokens + 1) if shape.query_tokens % n == 0 and shape.heads * n <= 128)
 
 
-def _tokens(count: int) -> str:
+def _several(tokens: int) -> str:
     """The part of a name that says how many query tokens, if several."""
-    return "" if count == 1 else f"_t{count}"
+    return "" if tokens == 1 else f"_q{tokens}"
 
 
 def _gqa_schedule(shape: AttentionShape, arch: str) -> KernelSpec:

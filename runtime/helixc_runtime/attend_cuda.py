@@ -176,9 +176,10 @@ class HopperMlaFp8(HopperMla):
 
     def _maps(self, q: Tensor, rows: int, cache: LayerCache) -> tuple[TensorMap, TensorMap, TensorMap]:
         groups = cache.k.shape[0] * self.shape.block // 8
-        latent = self.maps.get(cache.k, (128, 8, 4, groups), (576, 128, 4608), (128, 8, 4, 4))
-        rotary = self.maps.get(cache.k[..., 512:], (64, 8, 1, groups), (576, 64, 4608), (64, 8, 1, 4))
-        return self._q_map(q, rows, int(self.kernel.params["columns"]) // 8), latent, rotary
+        # The maps' elements have 2 bytes.
+        latent = self.maps.get(cache.k, (64, 8, 4, groups), (576, 128, 4608), (64, 8, 4, 4))
+        rotary = self.maps.get(cache.k[..., 512:], (32, 8, 1, groups), (576, 64, 4608), (32, 8, 1, 4))
+        return self._q_map(q, rows, int(self.kernel.params["width"]) // 8), latent, rotary
 
     def _more(self, cache: LayerCache, batch: DecodeBatch) -> tuple[Tensor | None, ...]:
         return batch.lengths, cache.k_scale

@@ -15,18 +15,17 @@ TensorMap = ctypes.Array[ctypes.c_uint8]
 
 
 def tensor_map(tensor: Tensor, dims: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> TensorMap:
-    """The map of a bfloat16 or 1-byte `tensor` seen with `dims`, innermost first, copied in boxes of `box`.
+    """The map of `tensor` as 2-byte elements in `dims`, innermost first, copied in boxes of `box`.
 
     The swizzle is as wide as the box's innermost dim, 64 or 128 bytes. `strides`: bytes between neighbours along every
     dim but the innermost. Reads outside are zeros. Raises CubinError.
     """
     from cuda.bindings import driver
 
-    types, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
-    size = tensor.element_size()
-    swizzle = {64: swizzles.CU_TENSOR_MAP_SWIZZLE_64B, 128: swizzles.CU_TENSOR_MAP_SWIZZLE_128B}[box[0] * size]
+    swizzles = driver.CUtensorMapSwizzle
+    swizzle = {32: swizzles.CU_TENSOR_MAP_SWIZZLE_64B, 64: swizzles.CU_TENSOR_MAP_SWIZZLE_128B}[box[0]]
     error, encoded = driver.cuTensorMapEncodeTiled(
-        types.CU_TENSOR_MAP_DATA_TYPE_UINT8 if size == 1 else types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         len(dims),
         tensor.data_ptr(),
         [driver.cuuint64_t(size) for size in dims],
