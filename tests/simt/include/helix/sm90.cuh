@@ -61,7 +61,7 @@ HELIX_DEVICE void copy_5d(u32 to, const TensorMap* map, u32 barrier, int x0, int
   const int at[] = {x0, x1, x2, x3, x4};
   simt::copy_tensor(to, map, barrier, at, 5, simt::kThisBlock);
 }
-HELIX_DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+HELIX_DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier, u64) {
   simt::copy_bulk(to, from, bytes, barrier);
 }
 
@@ -99,6 +99,7 @@ HELIX_DEVICE float load_shared(u32 address) {
   std::memcpy(&x, simt::shared(address, 4, 4), 4);
   return x;
 }
+HELIX_DEVICE u32 load_shared_byte(u32 address) { return *static_cast<const u8*>(simt::shared(address, 1, 1)); }
 HELIX_DEVICE Vector16 load_shared_vector(u32 address) {
   Vector16 v;
   std::memcpy(&v, simt::shared(address, 16, 16), 16);
