@@ -30,27 +30,29 @@ template <class C> HELIX_DEVICE void mla_fp8_order_queries(u32 q) {
   named_barrier(1, 128);
 }
 
-// Scale bytes of a thread's two tokens; 0, the least scale, for those from `valid` on, whose bytes may be anything.
+// Scale bytes of a thread's two tokens, each pair in one word; 0, the least scale, for tokens from `valid` on, whose
+// bytes may be anything.
 struct TokenScales {
-  u32 bytes[kGroups][2];
-  u32 own[2];  // those of group lane % 4, the one whose factors this thread publishes
+  u32 pairs[kGroups];
+  u32 own;  // that of group lane % 4, whose factors this thread publishes
 
   HELIX_DEVICE TokenScales(u32 from, int valid) {
+    const u32 token = mla_fp8_token(), at = from + token * kGroups;
+    const bool first = int(token) < valid, second = int(token) + 8 < valid;
+    const auto load = [&](u32 group) {
+      return (first ? load_shared_byte(at + group) : 0) | (second ? load_shared_byte(at + group + 8 * kGroups) : 0) << 8;
+    };
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const u32 token = mla_fp8_token() + 8 * r, at = from + token * kGroups;
-      const bool counts = int(token) < valid;
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group) bytes[group][r] = counts ? load_shared_byte(at + group) : 0;
-      own[r] = counts ? load_shared_byte(at + threadIdx.x % 4) : 0;
-    }
+    for (u32 group = 0; group < kGroups; ++group) pairs[group] = load(group);
+    own = load(threadIdx.x % 4);
   }
+  HELIX_DEVICE static u32 byte(u32 pair, int r) { return r == 0 ? pair & 0xff : pair >> 8; }
   // Of any token of the warp.
   HELIX_DEVICE bool exceeds() const {
-    u32 most = 0;
+    bool any = false;
 #pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i) most = max(most, bytes[i / 2][i % 2]);
-    return __any_sync(0xffffffffu, e4m3_exceeds(most));
+    for (int i = 0; i < 2 * kGroups; ++i) any |= e4m3_exceeds(byte(pairs[i / 2], i % 2));
+    return __any_sync(0xffffffffu, any);
   }
 };
 
@@ -64,49 +66,49 @@ HELIX_DEVICE void mla_fp8_scores(float (&s)[kSums], u32 base, u32 tile, const To
   const auto address = [&](int batch) {
     return batch / 4 == kRotaryGroup ? rotary ^ (batch % 2 * 32) : (latent + batch / 4 * 1024) ^ (batch % 4 * 32);
   };
-  FragmentA k[2][2], words = load_matrices(address(0));
+  FragmentA k[3][2], words[2] = {load_matrices(address(0))};
   u32 factor[2];
 #pragma unroll
   for (int batch = 0; batch < 18; ++batch) {  // 32 columns
     const int group = batch / 4;
     if (batch % 4 == 0) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) factor[r] = both_halves(e4m3_factor(scales.bytes[group][r]));
+      for (int r = 0; r < 2; ++r) factor[r] = both_halves(e4m3_factor(scales.byte(scales.pairs[group], r)));
     }
-    FragmentA(&mine)[2] = k[batch % 2];
+    FragmentA(&mine)[2] = k[batch % 3];
+    if (batch < 17) words[(batch + 1) % 2] = load_matrices(address(batch + 1));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      mine[i / 2].x[i % 2] = e4m3_even(words.x[i], factor[i % 2]);
-      mine[i / 2].x[i % 2 + 2] = e4m3_odd(words.x[i], factor[i % 2]);
+      mine[i / 2].x[i % 2] = e4m3_even(words[batch % 2].x[i], factor[i % 2]);
+      mine[i / 2].x[i % 2 + 2] = e4m3_odd(words[batch % 2].x[i], factor[i % 2]);
     }
     if (exceeds) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const u32 excess = both_halves(e4m3_excess(scales.bytes[group][r]));
+        const u32 excess = both_halves(e4m3_excess(scales.byte(scales.pairs[group], r)));
 #pragma unroll
         for (int i = 0; i < 4; ++i) mine[i / 2].x[i % 2 * 2 + r] = multiply_bfloat16(mine[i / 2].x[i % 2 * 2 + r], excess);
       }
     }
-    if (batch < 17) words = load_matrices(address(batch + 1));  // ahead of the products, which are waited for
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < 2; ++step)
       wgmma_m64k16(s, mine[step], q.at(batch / 2 * 1024 + batch % 2 * 64 + step * 32), batch + step > 0);
     wgmma_commit();
-    if (batch > 0) {  // the registers of the batch before may be written again
-      wgmma_wait<1>();
-      wgmma_keep(k[(batch + 1) % 2][0]);
-      wgmma_keep(k[(batch + 1) % 2][1]);
+    if (batch > 1) {  // the registers of the batch before the last may be written again
+      wgmma_wait<2>();
+      wgmma_keep(k[(batch + 1) % 3][0]);
+      wgmma_keep(k[(batch + 1) % 3][1]);
     }
   }
   wgmma_wait<0>();
-  wgmma_keep(k[1][0]);
-  wgmma_keep(k[1][1]);
+#pragma unroll
+  for (int i = 0; i < 6; ++i) wgmma_keep(k[i / 2][i % 2]);
 }
 
 // Factors of the latent groups for the warpgroups of O', lane % 4 = 0 to 3 each one group: lanes with an even token
 // store the first token of theirs and its neighbour's, the others the second.
-template <class C> HELIX_DEVICE void mla_fp8_publish_factors(u32 table, u32 first, u32 second) {
+HELIX_DEVICE void mla_fp8_publish_factors(u32 table, u32 first, u32 second) {
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, odd = lane / 4 % 2;
   const u32 both = first | second << 16, other = __shfl_xor_sync(0xffffffffu, both, 4);
   const u32 pair = odd ? other >> 16 | (both & 0xffff0000u) : (both & 0xffff) | other << 16;
@@ -227,6 +229,11 @@ template <class C, int kSums> HELIX_DEVICE void mla_fp8_publish_weights(const fl
   }
 }
 
+template <class C> HELIX_DEVICE float* mla_fp8_lse(const MlaArguments& a, const Segment& segment) {
+  return (segment.whole ? a.lse : a.part_lse) + i64(segment.whole ? segment.row : segment.partial) * C::queries +
+         head_half<C>() * 64;
+}
+
 // One warpgroup: scores, running softmax, and the LSE. The scores of a tile overlap with P V of the one before.
 template <class C> HELIX_DEVICE void mla_fp8_softmax(const MlaArguments& a, u32 base) {
   using M8 = MlaFp8Shared<C>;
@@ -238,24 +245,22 @@ template <class C> HELIX_DEVICE void mla_fp8_softmax(const MlaArguments& a, u32 
   wait_for_previous_kernels();
   if (segments.left == 0) return;
   do {
-    const Segment segment = *segments.current;
-    float* lse = (segment.whole ? a.lse : a.part_lse) + head_half<C>() * 64;
-    lse += i64(segment.whole ? segment.row : segment.partial) * C::queries;
-    if (segment.first_tile == segment.last_tile) {
-      if (int(thread) < queries_here<C>()) lse[thread] = minus_infinity();
+    const int start = segments.current->first_tile * kTileTokens;
+    int tiles = segments.current->last_tile - segments.current->first_tile;
+    if (tiles == 0) {
+      if (int(thread) < queries_here<C>()) mla_fp8_lse<C>(a, *segments.current)[thread] = minus_infinity();
       continue;
     }
-    int bounds[kTokens];
+    int bounds[kTokens], valid = segments.current->length - start;
 #pragma unroll
     for (int t = 0; t < kTokens; ++t)
-      bounds[t] = mla_bound<C>(a, segment, head_half<C>() * 64 / C::heads + t) - segment.first_tile * kTileTokens;
-    int valid = segment.length - segment.first_tile * kTileTokens;
+      bounds[t] = mla_bound<C>(a, *segments.current, head_half<C>() * 64 / C::heads + t) - start;
     MlaFp8Softmax<C> softmax;
     barrier_wait(base + M8::q_full, q_parity);
     q_parity ^= 1;
     mla_fp8_order_queries<C>(base + M8::q);
-    for (int tile = segment.first_tile; tile < segment.last_tile; ++tile) {
-      const bool last = tile + 1 == segment.last_tile;
+    for (; tiles > 0; --tiles) {
+      const bool last = tiles == 1;
       float s[MlaFp8Softmax<C>::kSums];
       barrier_wait(base + M8::full(stage.index), stage.parity);
       const TokenScales scales(opaque(base) + M8::scale_bytes(stage.index), valid);
@@ -279,11 +284,11 @@ template <class C> HELIX_DEVICE void mla_fp8_softmax(const MlaArguments& a, u32 
       softmax.weigh(s);
       barrier_wait(base + M8::p_empty, p_parity);
       p_parity ^= 1;
-      if (last) softmax.finish(base + M8::p, base + M8::inverse, lse);
+      if (last) softmax.finish(base + M8::p, base + M8::inverse, mla_fp8_lse<C>(a, *segments.current));
       mla_fp8_publish_weights<C>(s, base + M8::p);
-      mla_fp8_publish_factors<C>(base + M8::factors, e4m3_factor(scales.own[0]), e4m3_factor(scales.own[1]));
-      if (flags & kExcess)
-        mla_fp8_publish_factors<C>(base + M8::excess, e4m3_excess(scales.own[0]), e4m3_excess(scales.own[1]));
+      const u32 bytes[2] = {scales.byte(scales.own, 0), scales.byte(scales.own, 1)};
+      mla_fp8_publish_factors(base + M8::factors, e4m3_factor(bytes[0]), e4m3_factor(bytes[1]));
+      if (flags & kExcess) mla_fp8_publish_factors(base + M8::excess, e4m3_excess(bytes[0]), e4m3_excess(bytes[1]));
       fence_async_proxy();
       barrier_arrive(base + M8::p_full);
       valid -= kTileTokens;
