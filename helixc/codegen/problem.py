@@ -49,9 +49,12 @@ def _hopper_mla(shape: AttentionShape) -> bool:
 
 
 def _hopper_gqa(shape: AttentionShape) -> bool:
-    pages = shape.block % 64 == 0 or shape.block in (16, 32)  # boxes of the copy engine that fill a tile of 64 tokens
-    sizes = shape.head_dim in (64, 128) and shape.group <= 16 and pages and shape.query_tokens == 1
-    return _all_bfloat16(shape) and not shape.is_mla and sizes
+    fp8 = shape.kv_dtype == "float8_e4m3fn"
+    tile = 128 if fp8 else 64  # tokens: pages of 16 and more whose boxes of the copy engine fill it, or parts of pages
+    pages = shape.block % tile == 0 or shape.block in (16, 32, 64)
+    dtypes = _all_bfloat16(shape) or (fp8 and shape.dtype == "bfloat16")
+    queries = shape.group * shape.query_tokens
+    return dtypes and not shape.is_mla and shape.head_dim in (64, 128) and queries <= 16 and pages
 
 
 def _all_bfloat16(shape: AttentionShape) -> bool:
@@ -82,40 +85,41 @@ def _row_tokens(shape: AttentionShape) -> int:
     return max(n for n in range(1, shape.query_tokens + 1) if shape.query_tokens % n == 0 and shape.heads * n <= 128)
 
 
-def _several(tokens: int) -> str:
-    """The part of a name that says how many query tokens, if several."""
-    return "" if tokens == 1 else f"_q{tokens}"
-
-
 def _gqa_schedule(shape: AttentionShape, arch: str) -> KernelSpec:
-    return KernelSpec(f"gqa_schedule_{_gqa_dims(shape)}", "gqa_schedule", _heads(shape), arch)
+    params: Params = (*_heads(shape), ("query_tokens", shape.query_tokens))
+    return KernelSpec(f"gqa_schedule_{_gqa_dims(shape)}", "gqa_schedule", params, arch)
 
 
 def _gqa_partial(shape: AttentionShape, arch: str) -> KernelSpec:
-    params: Params = (*_heads(shape), ("partial_dim", shape.partial_dim), ("scale", shape.scale))
+    params: Params = (
+        *_heads(shape),
+        ("query_tokens", shape.query_tokens),
+        ("partial_dim", shape.partial_dim),
+        ("scale", shape.scale),
+    )
     return KernelSpec(f"gqa_partial_{_gqa_dims(shape)}", "gqa_partial", params, arch)
 
 
 def _gqa_dims(shape: AttentionShape) -> str:
-    return f"h{shape.heads}_kv{shape.kv_heads}_d{shape.head_dim}_b{shape.block}"
+    return f"h{shape.heads}_kv{shape.kv_heads}_d{shape.head_dim}_b{shape.block}{_cached(shape)}{_several(shape.query_tokens)}"
 
 
 def _append(shape: AttentionShape, arch: str) -> KernelSpec:
     dims = _dims(shape, f"d{shape.head_dim}_r{shape.rope_dim}")
-    params: Params = (*_heads(shape), ("rope_dim", shape.rope_dim), ("interleaved", shape.interleaved))
-    return KernelSpec(f"append_{dims}", "append", params, arch)
+    rope: Params = (("rope_dim", shape.rope_dim), ("interleaved", shape.interleaved))
+    norm: Params = (("qk_norm", shape.qk_norm), ("norm_eps", shape.norm_eps))
+    return KernelSpec(f"append_{dims}", "append", (*_heads(shape), *rope, *norm), arch)
 
 
 def _partial(shape: AttentionShape, arch: str) -> KernelSpec:
     dims = _dims(shape, f"d{shape.head_dim}")
-    tokens = "" if shape.query_tokens == 1 else f"_q{shape.query_tokens}"
     params: Params = (
         *_heads(shape),
         ("partial_dim", shape.partial_dim),
         ("query_tokens", shape.query_tokens),
         ("scale", shape.scale),
     )
-    return KernelSpec(f"partial_{dims}{tokens}", "partial", params, arch)
+    return KernelSpec(f"partial_{dims}{_several(shape.query_tokens)}", "partial", params, arch)
 
 
 def _merge(shape: AttentionShape, arch: str) -> KernelSpec:
@@ -143,5 +147,14 @@ def _heads(shape: AttentionShape) -> Params:
 def _dims(shape: AttentionShape, widths: str) -> str:
     """The part of a name that says heads, widths, block and dtypes, such as mla_h64_d576_b32_bf16."""
     heads = f"mla_h{shape.heads}" if shape.is_mla else f"gqa_h{shape.heads}_kv{shape.kv_heads}"
-    cached = "" if shape.kv_dtype == shape.dtype else f"_kv{_SHORT[shape.kv_dtype]}"
-    return f"{heads}_{widths}_b{shape.block}_{_SHORT[shape.dtype]}{cached}"
+    return f"{heads}_{widths}_b{shape.block}_{_SHORT[shape.dtype]}{_cached(shape)}"
+
+
+def _cached(shape: AttentionShape) -> str:
+    """The part of a name that says the cache's dtype, if it has its own."""
+    return "" if shape.kv_dtype == shape.dtype else f"_kv{_SHORT[shape.kv_dtype]}"
+
+
+def _several(tokens: int) -> str:
+    """The part of a name that says how many query tokens, if several."""
+    return "" if tokens == 1 else f"_q{tokens}"

@@ -26,7 +26,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "mla_fp8_partial": ("map",) * 3 + ("pointer",) * 6 + ("int32", "pointer", "pointer"),
     "mla_merge": ("pointer",) * 6,
     "gqa_schedule": ("pointer",) * 3 + ("int32", "int32"),
-    "gqa_partial": ("map",) * 2 + ("pointer",) * 8 + ("int32", "int32"),
+    "gqa_partial": ("map",) * 2 + ("pointer",) * 8 + ("int32", "int32", "pointer", "pointer"),
 }
 # Launched before their predecessor has ended (programmatic dependent launch). Until they wait for it they read what is
 # older: the schedule, the page table and all but the newest tokens. So another kernel must lie in between.
@@ -197,7 +197,7 @@ class HopperGqa:
         self.tile = int(kernel.params["token_tile"])
         self.plan = torch.zeros(self.blocks, self.SCHEDULE_WORDS, dtype=torch.int32, device=device)
         # Parts to merge; the kernel leaves them as it found them, full of -0.0.
-        size = (2 * self.blocks, shape.group)
+        size = (2 * self.blocks, shape.group * shape.query_tokens)
         self.part_o = torch.full((*size, shape.head_dim), -0.0, device=device)
         self.part_lse = torch.full((*size, shape.head_dim // 4), -0.0, device=device)
         self.maps = TensorMaps()
@@ -214,12 +214,16 @@ class HopperGqa:
         assert cache.v is not None
         maps = (self._map(cache.k), self._map(cache.v))
         pointers = (out.o, out.lse, self.part_o, self.part_lse, q, batch.page_table, batch.lengths, self.plan)
-        self.partial.launch((self.blocks, 1, 1), *maps, *map(address, pointers), rows, max_pages)
+        scales = map(address, (cache.k_scale, cache.v_scale))
+        self.partial.launch((self.blocks, 1, 1), *maps, *map(address, pointers), rows, max_pages, *scales)
 
     def _map(self, pages: Tensor) -> TensorMap:
+        """A token's elements as lines of 128 bytes, one or two, or as half of one; the map's elements have 2 bytes."""
         count, heads, block, dim = pages.shape
-        dims, strides = (64, block, dim // 64, count * heads), (dim * 2, 128, block * dim * 2)
-        return self.maps.get(pages, dims, strides, (64, min(block, self.tile), dim // 64, 1))
+        size = dim * pages.element_size()
+        tokens, width = (1, size) if size >= 128 else (128 // size, 128)  # of a line; bytes of one row of lines
+        dims, strides = (64, block // tokens, width // 128, count * heads), (width, 128, block * size)
+        return self.maps.get(pages, dims, strides, (64, min(block, self.tile) // tokens, width // 128, 1))
 
 
 def address(tensor: Tensor | None) -> int:

@@ -40,6 +40,7 @@ def _exponents(group: Tensor) -> Tensor:
     largest = group.abs().amax(dim=-1)
     mantissa, exponent = torch.frexp(largest)  # largest = mantissa * 2^exponent, mantissa in [0.5, 1)
     least = exponent - 9 + (mantissa > 0.875).int()  # 448 = 0.875 * 2^9
+    least = least.masked_fill(largest == 0, _LEAST)
     return torch.where(largest.isfinite(), least, _MOST).clamp(_LEAST, _MOST).int()
 
 

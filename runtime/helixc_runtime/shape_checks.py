@@ -7,7 +7,7 @@ from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.manifest import scale_groups
-from helixc_runtime.ops import DecodeBatch, LayerCache
+from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaProjections, Projections
 
 
 def expect_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
@@ -20,22 +20,34 @@ def expect_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> No
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{wanted}]")
 
 
-def check_append(
-    shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor | None, cache: LayerCache, batch: DecodeBatch
-) -> None:
+def check_append(shape: AttentionShape, new: Projections, cache: LayerCache, batch: DecodeBatch) -> None:
     """Raise ValueError unless the arguments of Ops.append fit `shape`."""
-    expect_shape("q", q, (None, shape.heads, shape.head_dim))
-    rows = q.shape[0]
-    expect_shape("k", k, (rows, shape.kv_heads, shape.head_dim))
-    if (v is None) != shape.is_mla:
-        raise ValueError("v must be None for MLA" if shape.is_mla else "v is missing")
-    if v is not None:
-        expect_shape("v", v, (rows, shape.kv_heads, shape.head_dim))
+    if isinstance(new, MlaProjections) != shape.is_mla:
+        raise ValueError(f"got {type(new).__name__} for {'MLA' if shape.is_mla else 'GQA'}")
+    tokens = len(batch.slots)
+    if isinstance(new, MlaProjections):
+        expect_shape("q_latent", new.q_latent, (tokens, shape.heads, shape.partial_dim))
+        expect_shape("q_rope", new.q_rope, (tokens, shape.heads, shape.rope_dim))
+        expect_shape("kv", new.kv, (tokens, shape.head_dim))
+        expect_shape("norm", new.norm, (shape.partial_dim,))
+    else:
+        _check_gqa(shape, new, tokens)
     for name, angles in (("cos", batch.cos), ("sin", batch.sin)):
-        expect_shape(name, angles, (rows, shape.rope_dim // 2))
-    expect_shape("owned", batch.owned, (rows,))
-    expect_shape("slots", batch.slots, (rows,))
+        expect_shape(name, angles, (tokens, shape.rope_dim // 2))
+    expect_shape("owned", batch.owned, (tokens,))
+    expect_shape("slots", batch.slots, (tokens,))
     check_cache(shape, cache)
+
+
+def _check_gqa(shape: AttentionShape, new: GqaProjections, tokens: int) -> None:
+    expect_shape("q", new.q, (tokens, shape.heads, shape.head_dim))
+    expect_shape("k", new.k, (tokens, shape.kv_heads, shape.head_dim))
+    expect_shape("v", new.v, (tokens, shape.kv_heads, shape.head_dim))
+    for name, weight in (("q_norm", new.q_norm), ("k_norm", new.k_norm)):
+        if (weight is not None) != shape.qk_norm:
+            raise ValueError(f"{name} must be {'a weight' if shape.qk_norm else 'None'} for this shape")
+        if weight is not None:
+            expect_shape(name, weight, (shape.head_dim,))
 
 
 def check_attend(shape: AttentionShape, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> None:

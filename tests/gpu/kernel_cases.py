@@ -10,9 +10,10 @@ from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.manifest import SCALE_COLUMNS, Dtype, KvDtype
-from helixc_runtime.ops import DecodeBatch, LayerCache, Ops, Partial
+from helixc_runtime.ops import DecodeBatch, LayerCache, Ops, Partial, Projections
 from helixc_runtime.ops_torch import TorchOps
 from helixc_runtime.quantize import dequantize, quantize
+from tests.gpu.append_cases import check_quantized, doubled, random_projections, vector_error
 
 
 def mla(
@@ -43,9 +44,8 @@ class Case:
     """One decode step of one layer. Everything a kernel must not read is NaN, and the scale of such a token garbage."""
 
     shape: AttentionShape
-    q: Tensor
-    k: Tensor
-    v: Tensor | None
+    q: Tensor  # of attend
+    new: Projections  # of append
     cache: LayerCache
     batch: DecodeBatch
     original: LayerCache  # what an FP8 cache was quantised from, of shape.dtype; else equal to the cache
@@ -61,9 +61,6 @@ def random_case(
     """
     generator = torch.Generator().manual_seed(seed)
     dtype: torch.dtype = getattr(torch, shape.dtype)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(dtype)
 
     rows, last = len(lengths), torch.tensor(lengths)
     owned = _random_owned(lengths, shape.query_tokens, generator)  # [B, T]
@@ -88,9 +85,9 @@ def random_case(
         owned=owned.flatten().to(device, torch.uint8),
         slots=torch.where(owned, own_slots, trap).flatten().to(device),
     )
-    q, k = normal(tokens, shape.heads, shape.head_dim), normal(tokens, shape.kv_heads, shape.head_dim)
-    v = None if shape.is_mla else normal(tokens, shape.kv_heads, shape.head_dim).to(device)
-    return Case(shape, q.to(device), k.to(device), v, _moved(cache, device), batch, _moved(original, device))
+    q = torch.randn(tokens, shape.heads, shape.head_dim, generator=generator).to(device, dtype)
+    new = random_projections(shape, tokens, device, generator)
+    return Case(shape, q, new, _moved(cache, device), batch, _moved(original, device))
 
 
 def _random_owned(lengths: list[int], query_tokens: int, generator: torch.Generator) -> Tensor:
@@ -171,20 +168,30 @@ def check_partial(got: Partial, want: Partial, bound: float, lse_bound: float = 
 
 def check_append(ops: Ops, case: Case, bound: float) -> None:
     """Run append and compare q, the stored tokens and every other byte of the cache with the oracle."""
-    before = [t.clone() for t in (case.cache.k, case.cache.v) if t is not None]
-    wide = to_double(case.cache)
-    v = None if case.v is None else case.v.double()
-    want = TorchOps(case.shape).append(case.q.double(), case.k.double(), v, wide, case.batch)
-    got = ops.append(case.q, case.k, case.v, case.cache, case.batch)
-    assert relative_error(got, want) <= bound
-    slots = case.batch.slots[case.batch.owned.bool()]
-    for old, new, oracle in zip(before, (case.cache.k, case.cache.v), (wide.k, wide.v), strict=False):
-        assert new is not None and oracle is not None
-        written = torch.zeros(old.shape[0], case.shape.block, dtype=torch.bool, device=old.device)
-        written.view(-1)[slots] = True
-        tokens = written if case.shape.is_mla else written.unsqueeze(1).expand(-1, case.shape.kv_heads, -1)
-        assert relative_error(new[tokens], oracle[tokens]) <= bound, "the new tokens are wrong"
-        assert torch.equal(_bits(new[~tokens]), _bits(old[~tokens])), "other tokens changed"
+    shape, batch, oracle = case.shape, case.batch, TorchOps(case.shape)
+    device = batch.slots.device
+    before, like, exact = _moved(case.cache, device), _moved(case.cache, device), to_double(case.cache)
+    want = oracle.append(doubled(case.new), exact, batch)
+    oracle.append(case.new, like, batch)
+    got = ops.append(case.new, case.cache, batch)
+    assert vector_error(got, want) <= bound, "the queries are wrong"
+    written = torch.zeros(case.cache.k.shape[0], shape.block, dtype=torch.bool, device=device)
+    written.view(-1)[batch.slots[batch.owned.bool()]] = True
+    tokens = written if shape.is_mla else written.unsqueeze(1).expand(-1, shape.kv_heads, -1)
+    for name in ("k", "v"):
+        elements, oracle_elements = getattr(case.cache, name), getattr(exact, name)
+        if elements is None:
+            continue
+        scales, like_scales = (getattr(cache, f"{name}_scale") for cache in (case.cache, like))
+        if scales is None:
+            rounded = bound + torch.finfo(elements.dtype).eps / 2
+            assert vector_error(elements[tokens], oracle_elements[tokens]) <= rounded, f"the new {name} are wrong"
+        else:
+            pairs = ((elements, scales), (getattr(like, name), like_scales))
+            quantized = (tensor[tokens] for pair in pairs for tensor in pair)
+            check_quantized(*quantized, oracle_elements[tokens], bound)
+            assert torch.equal(scales[~tokens], getattr(before, f"{name}_scale")[~tokens]), "other scales changed"
+        assert torch.equal(_bits(elements[~tokens]), _bits(getattr(before, name)[~tokens])), "other tokens changed"
 
 
 def check_attend(ops: Ops, case: Case, bound: float) -> None:

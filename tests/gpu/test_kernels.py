@@ -12,7 +12,7 @@ from helixc.codegen.build import compile_all, render_all
 from helixc.codegen.problem import problems
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.cubin import CubinError, check_arch, device_arch
-from helixc_runtime.ops import DecodeBatch, LayerCache
+from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache
 from helixc_runtime.ops_cuda import CudaOps
 from helixc_runtime.ops_torch import TorchOps
 from tests.gpu.kernel_cases import (
@@ -148,8 +148,8 @@ def test_pages_beyond_two_to_the_31_elements(folder: Path, device: torch.device,
         small_batch.slots + shift * 64,
     )
     ops, oracle = build(shape, 2, folder, device), TorchOps(shape)
-    rotated = ops.append(small.q, small.k, None, LayerCache(k, None), batch)
-    expected = oracle.append(small.q, small.k, None, small.cache, small_batch)
+    rotated = ops.append(small.new, LayerCache(k, None), batch)
+    expected = oracle.append(small.new, small.cache, small_batch)
     assert relative_error(rotated, expected) <= 1e-2
     got = ops.attend(rotated, LayerCache(k, None), batch)
     wide = LayerCache(small.cache.k.double(), None)
@@ -172,7 +172,7 @@ def test_combine_beyond_two_to_the_31_elements(folder: Path, device: torch.devic
 def test_a_captured_graph_replays_the_launches(folder: Path, device: torch.device, seed: int) -> None:
     shape = gqa(8, 2, 128, 32)
     ops, case = build(shape, 2, folder, device), random_case(shape, [50, 0, 9], device, seed)
-    ops.append(case.q, case.k, case.v, case.cache, case.batch)
+    ops.append(case.new, case.cache, case.batch)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -192,8 +192,9 @@ def test_no_rows(folder: Path, device: torch.device) -> None:
     ops, case = build(shape, 2, folder, device), random_case(shape, [5], device, 0)
     b = case.batch
     none = DecodeBatch(b.cos[:0], b.sin[:0], b.page_table[:0], b.lengths[:0], b.owned[:0], b.slots[:0])
-    assert case.v is not None
-    assert ops.append(case.q[:0], case.k[:0], case.v[:0], case.cache, none).shape == (0, 8, 128)
+    assert isinstance(case.new, GqaProjections)
+    new = GqaProjections(case.new.q[:0], case.new.k[:0], case.new.v[:0])
+    assert ops.append(new, case.cache, none).shape == (0, 8, 128)
     assert ops.attend(case.q[:0], case.cache, none).lse.shape == (0, 8)
 
 

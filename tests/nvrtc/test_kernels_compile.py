@@ -36,11 +36,25 @@ SHAPES = [
     gqa(9, 3, 64, 4, "float32"),
     gqa(13, 1, 72, 64, "float16"),
 ]
+APPENDS = [
+    mla(128, 64, kv_dtype="float8_e4m3fn"),
+    mla(16, 32, "float32", kv_dtype="float8_e4m3fn"),
+    replace(gqa(64, 4, 128, 32), qk_norm=True),
+    replace(gqa(64, 4, 128, 32, kv_dtype="float8_e4m3fn"), qk_norm=True),
+    gqa(1, 1, 256, 16, "float16", kv_dtype="float8_e4m3fn"),
+    replace(gqa(3, 1, 72, 4), rope_dim=2),
+]
 ATTENTION = [
     mla(128, 32, kv_dtype="float8_e4m3fn", query_tokens=4),
     mla(16, 4, "float32", kv_dtype="float8_e4m3fn"),
     mla(64, 64, query_tokens=2),
     gqa(64, 8, 128, 32, kv_dtype="float8_e4m3fn"),
+    gqa(16, 1, 128, 64, kv_dtype="float8_e4m3fn"),
+    gqa(32, 32, 64, 256, kv_dtype="float8_e4m3fn"),
+    gqa(10, 2, 64, 16, kv_dtype="float8_e4m3fn", query_tokens=3),
+    gqa(8, 2, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
+    gqa(8, 2, 128, 64, query_tokens=4),
+    gqa(5, 1, 64, 16, query_tokens=3),
     gqa(13, 1, 72, 64, "float16", kv_dtype="float8_e4m3fn", query_tokens=3),
 ]
 
@@ -52,8 +66,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _specs() -> tuple[KernelSpec, ...]:
     whole = (s for arch in ARCHES for shape in SHAPES for s in problems(shape, 2, arch))
-    others = (s for arch in ARCHES for shape in ATTENTION for s in attention(shape, arch))
-    return tuple(dict.fromkeys((*whole, *others)))
+    appends = (problems(shape, 2, arch)[0] for arch in ARCHES for shape in APPENDS)
+    attends = (s for arch in ARCHES for shape in ATTENTION for s in attention(shape, arch))
+    return tuple(dict.fromkeys((*whole, *appends, *attends)))
 
 
 def _small() -> tuple[KernelSource, ...]:

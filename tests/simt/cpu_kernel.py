@@ -124,10 +124,11 @@ def cpu_ops(
     processors: int | Gpu,
     root: Path | None = None,
     arch: str = "sm_100a",
+    only_append: bool = False,
 ) -> ops_cuda.CudaOps:
     """CudaOps whose kernels for `arch` run on the CPU, from the templates at `root`, for `processors` multiprocessors.
 
-    `folder` keeps what was built, for later calls too. Launches raise KernelFault.
+    `folder` keeps what was built, for later calls too. Launches raise KernelFault. `only_append`: no other kernel.
     """
     root = root or template_root()
     gpu = processors if isinstance(processors, Gpu) else Gpu(processors)
@@ -138,8 +139,14 @@ def cpu_ops(
     properties = types.SimpleNamespace(multi_processor_count=gpu.processors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setitem(sys.modules, "cuda.bindings", types.SimpleNamespace(driver=_Driver))
+    empty = torch.empty  # what is not written shall not be what happened to be there
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
+    specs = problems(shape, cp, arch)
+    if only_append:
+        specs = tuple(spec for spec in specs if spec.template == "append")
+        monkeypatch.setattr(ops_cuda, "make_attend", lambda *arguments: None)
     kernels = []
-    for source in render_all(problems(shape, cp, arch), root):
+    for source in render_all(specs, root):
         planned = source.config.planned()
         library = _build(source, folder, root)
         kernels.append(dataclasses.replace(planned, cubin=library.name))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.manifest import local_length, owner
-from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
+from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaProjections, Partial, Projections
 from helixc_runtime.ops_torch import TorchOps
 from tests.gpu.kernel_cases import (
     Case,
@@ -50,8 +50,20 @@ def _random_shape(draw: random.Random) -> AttentionShape:
             draw.randint(1, 5), 1, latent + rope, latent, rope, draw.random() < 0.5, 0.3, block, "float32", "float32"
         )
     kv_heads, group, dim = draw.randint(1, 3), draw.randint(1, 4), draw.choice([8, 16])
+    rope = draw.choice([dim, 6])  # only the last dims, for some
     return AttentionShape(
-        kv_heads * group, kv_heads, dim, dim, dim, draw.random() < 0.5, dim**-0.5, block, "float32", "float32"
+        kv_heads * group,
+        kv_heads,
+        dim,
+        dim,
+        rope,
+        draw.random() < 0.5,
+        dim**-0.5,
+        block,
+        "float32",
+        "float32",
+        qk_norm=draw.random() < 0.5,
+        norm_eps=draw.choice([1e-6, 0.3]),
     )
 
 
@@ -63,6 +75,34 @@ def _dense(shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor) -> tuple[list
     total = math.fsum(weights)
     o = [math.fsum(w * x for w, x in zip(weights, column, strict=True)) / total for column in v.T.tolist()]
     return o, largest + math.log(total)
+
+
+def _random_token(
+    shape: AttentionShape, generator: torch.Generator
+) -> tuple[Projections, Tensor, Tensor, Tensor | None]:
+    """One token's projections in float64, and q [H, D], k and v (None: MLA) [KH, D], normed by the definition."""
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, dtype=torch.float64, generator=generator)
+
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        squares = [math.fsum(element**2 for element in row) / x.shape[-1] for row in x.tolist()]
+        return torch.stack([row / math.sqrt(s + shape.norm_eps) * weight for row, s in zip(x, squares, strict=True)])
+
+    if shape.is_mla:
+        new = MlaProjections(
+            normal(1, shape.heads, shape.partial_dim),
+            normal(1, shape.heads, shape.rope_dim),
+            normal(1, shape.head_dim),
+            normal(shape.partial_dim),
+        )
+        latent, rope = new.kv[:, : shape.partial_dim], new.kv[:, shape.partial_dim :]
+        return new, torch.cat((new.q_latent, new.q_rope), 2)[0], torch.cat((normed(latent, new.norm), rope), 1), None
+    q, k, v = (normal(1, heads, shape.head_dim) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
+    if not shape.qk_norm:
+        return GqaProjections(q, k, v), q[0], k[0], v[0]
+    norms = (normal(shape.head_dim), normal(shape.head_dim))
+    return GqaProjections(q, k, v, *norms), normed(q[0], norms[0]), normed(k[0], norms[1]), v[0]
 
 
 def _turn(shape: AttentionShape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -88,22 +128,20 @@ def test_decode_steps_over_cp_ranks_equal_dense_attention(seed: int, _round: int
     keys: list[Tensor] = []
     values: list[Tensor] = []
     for position in range(tokens):
-        q = torch.randn(1, shape.heads, shape.head_dim, dtype=torch.float64, generator=generator)
-        k = torch.randn(1, shape.kv_heads, shape.head_dim, dtype=torch.float64, generator=generator)
-        v = None if shape.is_mla else torch.randn(k.shape, dtype=torch.float64, generator=generator)
+        new, q, k, v = _random_token(shape, generator)
         angle = torch.rand(1, shape.rope_dim // 2, dtype=torch.float64, generator=generator) * 7
         parts = []
         for rank in range(cp):
             batch = _batch(shape, position, cp, rank, tables[rank], angle)
-            rotated = ops.append(q, k, v, caches[rank], batch)
+            rotated = ops.append(new, caches[rank], batch)
             parts.append(ops.attend(rotated, caches[rank], batch))
-        key = torch.stack([_turn(shape, head, angle[0].cos(), angle[0].sin()) for head in k[0]])
+        key = torch.stack([_turn(shape, head, angle[0].cos(), angle[0].sin()) for head in k])
         keys.append(key)
-        values.append(key[:, : shape.partial_dim] if v is None else v[0])
+        values.append(key[:, : shape.partial_dim] if v is None else v)
     merged = ops.combine(torch.stack([p.o for p in parts]), torch.stack([p.lse for p in parts]))
     for head in range(shape.heads):
         kv_head = head // shape.group
-        query = _turn(shape, q[0, head], angle[0].cos(), angle[0].sin())
+        query = _turn(shape, q[head], angle[0].cos(), angle[0].sin())
         stored_k, stored_v = (torch.stack([t[kv_head] for t in stored]) for stored in (keys, values))
         o, lse = _dense(shape, query, stored_k, stored_v)
         assert merged.o[0, head].tolist() == pytest.approx(o, abs=1e-10)
@@ -132,7 +170,7 @@ def _batch(shape: AttentionShape, position: int, cp: int, rank: int, table: Tens
 def test_empty_rows_and_unused_memory(seed: int) -> None:
     case = random_case(gqa(6, 2, 16, 4, "float32"), [0, 6, 0, 13], CPU, seed)
     ops = TorchOps(case.shape)
-    ops.append(case.q, case.k, case.v, case.cache, case.batch)
+    ops.append(case.new, case.cache, case.batch)
     partial = ops.attend(case.q, case.cache, case.batch)
     assert torch.equal(partial.lse.isneginf(), (case.batch.lengths == 0).unsqueeze(1).expand(4, 6))
     assert not partial.o[case.batch.lengths == 0].any()
@@ -142,10 +180,12 @@ def test_empty_rows_and_unused_memory(seed: int) -> None:
 def test_append_writes_owned_rows_only(seed: int) -> None:
     case = random_case(mla(2, 4, "float32"), [5, 6, 7], CPU, seed)
     before = case.cache.k.clone()
-    rotated = TorchOps(case.shape).append(case.q, case.k, case.v, case.cache, case.batch)
+    rotated = TorchOps(case.shape).append(case.new, case.cache, case.batch)
     changed = (case.cache.k.nan_to_num(123.0) != before.nan_to_num(123.0)).any(dim=-1).view(-1)
     assert sorted(changed.nonzero().squeeze(1).tolist()) == sorted(case.batch.slots[[0, 2]].tolist())
-    assert not torch.allclose(rotated[1], case.q[1])  # the inactive row's query is rotated all the same
+    assert isinstance(case.new, MlaProjections)
+    plain, turned = rotated[1].split((512, 64), dim=-1)  # the inactive row's query is made all the same
+    assert torch.equal(plain, case.new.q_latent[1]) and not torch.allclose(turned, case.new.q_rope[1])
 
 
 def test_combine_of_nothing_is_zero(seed: int) -> None:
@@ -194,7 +234,7 @@ def test_the_comparison_notices_a_wrong_combine(seed: int, wrong: object) -> Non
 def test_half_precision_inputs_are_computed_in_float32(seed: int) -> None:
     case = random_case(gqa(4, 2, 64, 32), [100, 300], CPU, seed)
     ops = TorchOps(case.shape)
-    ops.append(case.q, case.k, case.v, case.cache, case.batch)
+    ops.append(case.new, case.cache, case.batch)
     partial = ops.attend(case.q, case.cache, case.batch)
     assert (partial.o.dtype, partial.lse.dtype) == (torch.bfloat16, torch.float32)
     check_partial(partial, ops.attend(case.q.double(), to_double(case.cache), case.batch), 4e-3, 1e-5)
@@ -295,8 +335,18 @@ def test_mismatches_are_named() -> None:
     ops = TorchOps(case.shape)
     with pytest.raises(ValueError, match=r"q has shape \[1, 3, 8\], expected \[any, 4, 8\]"):
         ops.attend(case.q[:, :3], case.cache, case.batch)
-    with pytest.raises(ValueError, match="v is missing"):
-        ops.append(case.q, case.k, None, case.cache, case.batch)
+    assert isinstance(case.new, GqaProjections)
+    weight = torch.ones(8)
+    for new, message in (
+        (replace(case.new, v=case.new.v[:, :1]), r"v has shape \[1, 1, 8\], expected \[1, 2, 8\]"),
+        (replace(case.new, q_norm=weight, k_norm=weight), "q_norm must be None for this shape"),
+        (MlaProjections(case.q, case.q, case.q, weight), "got MlaProjections for GQA"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.append(new, case.cache, case.batch)
+    with pytest.raises(ValueError, match="k_norm must be a weight for this shape"):
+        normed = TorchOps(replace(case.shape, qk_norm=True))
+        normed.append(replace(case.new, q_norm=weight), case.cache, case.batch)
     with pytest.raises(ValueError, match="length 5 is outside a page table of 1 pages of 4 tokens"):
         short = DecodeBatch(
             case.batch.cos, case.batch.sin, case.batch.page_table[:, :1], case.batch.lengths, *_tail(case.batch)

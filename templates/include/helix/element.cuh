@@ -15,6 +15,9 @@ struct float16 { u16 bits; };
 struct float8_e4m3fn { u8 bits; };  // of a cache only, with block scales: see below
 using float32 = float;
 
+template <class A, class B> constexpr bool kSame = false;
+template <class A> constexpr bool kSame<A, A> = true;
+
 // 16 bytes: the widest load and store of one thread.
 struct alignas(16) Vector16 { u32 words[4]; };
 
@@ -30,13 +33,15 @@ HELIX_DEVICE float to_float(bfloat16 x) { return __int_as_float(int(u32(x.bits) 
 HELIX_DEVICE float to_float(float16 x) { return float16_bits_to_float(x.bits); }
 HELIX_DEVICE float to_float(float8_e4m3fn x) { return float8_e4m3_bits_to_float(x.bits); }
 
+HELIX_DEVICE u32 bits_of(float x) { return u32(__float_as_int(x)); }
+HELIX_DEVICE u32 bits_of(bfloat16 x) { return x.bits; }
+HELIX_DEVICE u32 bits_of(float16 x) { return x.bits; }
+HELIX_DEVICE u32 bits_of(float8_e4m3fn x) { return x.bits; }
+
 // Round to nearest even.
 template <class T> HELIX_DEVICE T from_float(float x);
 template <> HELIX_DEVICE float from_float<float>(float x) { return x; }
 template <> HELIX_DEVICE bfloat16 from_float<bfloat16>(float x) { return {float_to_bfloat16_bits(x)}; }
 template <> HELIX_DEVICE float16 from_float<float16>(float x) { return {float_to_float16_bits(x)}; }
-
-// From the model's dtype to the cache's.
-template <class To, class From> HELIX_DEVICE To convert(From x) { return from_float<To>(to_float(x)); }
 
 }  // namespace helix

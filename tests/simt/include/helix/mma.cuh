@@ -79,7 +79,7 @@ struct WarpProduct {
   const FragmentB* b;
 };
 
-HELIX_DEVICE void complete_product(const simt::Lanes& lanes) {
+template <class T> void complete_product(const simt::Lanes& lanes) {
   if (lanes.present != 0xffffffffu) simt::fail("mma by lanes %08x only", lanes.present);
   float a[16][16], b[16][8];
   for (u32 lane = 0; lane < 32; ++lane) {
@@ -87,8 +87,8 @@ HELIX_DEVICE void complete_product(const simt::Lanes& lanes) {
     for (u32 i = 0; i < 2; ++i) {
       const u32 k = lane % 4 * 2 + i;
       for (u32 word = 0; word < 4; ++word)
-        a[lane / 4 + word % 2 * 8][k + word / 2 * 8] = to_float(bfloat16{u16(of.a->x[word] >> (16 * i))});
-      for (u32 word = 0; word < 2; ++word) b[k + word * 8][lane / 4] = to_float(bfloat16{u16(of.b->x[word] >> (16 * i))});
+        a[lane / 4 + word % 2 * 8][k + word / 2 * 8] = to_float(T{u16(of.a->x[word] >> (16 * i))});
+      for (u32 word = 0; word < 2; ++word) b[k + word * 8][lane / 4] = to_float(T{u16(of.b->x[word] >> (16 * i))});
     }
   }
   for (u32 lane = 0; lane < 32; ++lane) {
@@ -100,7 +100,22 @@ HELIX_DEVICE void complete_product(const simt::Lanes& lanes) {
 
 HELIX_DEVICE void multiply_add(float (&c)[4], const FragmentA& a, const FragmentB& b) {
   WarpProduct mine = {c, &a, &b};
-  simt::meet("mma", 0xffffffffu, &mine, complete_product);
+  simt::meet("mma", 0xffffffffu, &mine, complete_product<bfloat16>);
 }
+HELIX_DEVICE void multiply_add_float16(float (&c)[4], const FragmentA& a, const FragmentB& b) {
+  WarpProduct mine = {c, &a, &b};
+  simt::meet("mma", 0xffffffffu, &mine, complete_product<float16>);
+}
+
+HELIX_DEVICE u32 pack_float16(float low, float high) {
+  return float_to_float16_bits(low) | u32(float_to_float16_bits(high)) << 16;
+}
+
+HELIX_DEVICE u32 e4m3_low_to_float16(u32 x) {
+  return pack_float16(float8_e4m3_bits_to_float(u8(x)), float8_e4m3_bits_to_float(u8(x >> 8)));
+}
+HELIX_DEVICE u32 e4m3_high_to_float16(u32 x) { return e4m3_low_to_float16(x >> 16); }
+
+HELIX_DEVICE u32 swap_middle_bytes(u32 x) { return (x & 0xff0000ffu) | (x >> 8 & 0xff00u) | (x << 8 & 0xff0000u); }
 
 }  // namespace helix
