@@ -101,7 +101,8 @@ def _gqa_partial(shape: AttentionShape, arch: str) -> KernelSpec:
 
 
 def _gqa_dims(shape: AttentionShape) -> str:
-    return f"h{shape.heads}_kv{shape.kv_heads}_d{shape.head_dim}_b{shape.block}{_cached(shape)}{_several(shape.query_tokens)}"
+    heads = f"h{shape.heads}_kv{shape.kv_heads}"
+    return f"{heads}_d{shape.head_dim}_b{shape.block}{_cached(shape)}{_several(shape.query_tokens)}"
 
 
 def _append(shape: AttentionShape, arch: str) -> KernelSpec:
