@@ -1,7 +1,7 @@
 // Partial of MLA on Hopper over an FP8 cache: e4m3 latents with block scales, bf16 products, float32 sums.
 //
-//   q [B, H, 576], kv [pages, block, 576] e4m3, scales [pages, block, 5], page_table [B, max_pages], a schedule  ->
-//   as mla_partial.cuh, whose workers, segments and rows of several query tokens these are.
+//   q [B, Q, 576], kv [pages, block, 576] e4m3, scales [pages, block, 5], the rest as in mla_partial.cuh, whose
+//   workers, segments and rows of several query tokens these are.
 //
 // S' = K Q' and O' = V' P': what comes from the cache is the operand in registers, 64 tokens or 64 columns at once, and
 // the queries are the narrow dim N, 16, 32 or 64. So an element goes from e4m3 to bf16 in the registers of the warp

@@ -1,8 +1,8 @@
 // Merge: the partials of split rows into o and lse, weighted by their LSE; whole rows are not touched.
 //
-//   part_o [n, H, P], part_lse [n, H], split rows (mla_schedule.cuh) -> o [B, H, P] bf16, lse [B, H]
+//   part_o [n, Q, P], part_lse [n, Q], split rows (mla_schedule.cuh) -> o [B, Q, P] bf16, lse [B, Q]
 //
-// A strip is 256 columns of one head of one row, so that a warp loads 8 columns a lane. One, 4 or 16 warps share a
+// A strip is 256 columns of one query of one row, so that a warp loads 8 columns a lane. One, 4 or 16 warps share a
 // strip, the more the more partials there are: each has all its loads in flight at once. Roofline: L2.
 #pragma once
 #include "helix/mla_schedule.cuh"

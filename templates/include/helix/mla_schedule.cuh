@@ -1,8 +1,8 @@
 // Schedule: which tokens each worker (a thread block, or a cluster that shares a KV tile) of the partial kernel reads.
 //
-//   lengths [B] -> segments [2 W + B]: worker w's first is [w], its others start at [.more]; split rows, for the merge
+//   lengths [B, row_tokens] -> segments [2 W + B]: worker w's first is [w], its others start at [.more]; split rows, for the merge
 //
-// A row is a run of 64-token tiles. Workers take tiles in order, near the average of what is left, but a worker keeps
+// A row is a run of 64-token tiles, as far as its last query token sees. Workers take tiles in order, near the average of what is left, but a worker keeps
 // whole rows and equal pieces of a long row where that costs at most 1/16 of the average: every cut is a partial that
 // must be written and merged. One thread decides; it is W + B short steps, once a step of the model.
 #pragma once
@@ -30,7 +30,7 @@ struct Schedule {
 
 HELIX_DEVICE int tiles_of(int length) { return (length + kTileTokens - 1) / kTileTokens; }
 
-// A row's largest bound: it rises from one query token to the next.
+// A row's largest bound: bounds rise from one query token to the next.
 template <int kRowTokens> HELIX_DEVICE int longest(const int* lengths, int row) {
   return lengths[row * kRowTokens + kRowTokens - 1];
 }
