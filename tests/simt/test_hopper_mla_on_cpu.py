@@ -79,13 +79,13 @@ def hopper_ops(
 def hostile_case(shape: AttentionShape, seed: int) -> Case:
     """No tokens, ends around pages and tiles; heads of unlike magnitude; query tokens whose bounds are far apart."""
     draw = random.Random(seed)
-    lengths = [shape.query_tokens, 0, 1, 33, 64, 129, draw.randint(2, 150), draw.randint(400, 700), 128, 95]
+    lengths = [shape.query_tokens, 0, 1, 33, 64, 129, draw.randint(2, 150), draw.randint(700, 900), 128, 95]
     case = random_case(shape, lengths, CPU, seed, appended=True)
     gains = torch.tensor([2.0 ** draw.randint(-6, 1) for _ in range(shape.heads)], dtype=torch.bfloat16)
     bounds = case.batch.lengths.view(-1, shape.query_tokens)
     for row in range(1, len(lengths), 2):
-        bounds[row, :-1] = torch.tensor(sorted(draw.randint(0, lengths[row]) for _ in range(shape.query_tokens - 1)))
-        bounds[row, 0] = min(int(bounds[row, 0]), draw.choice([0, 0, 1000]))
+        earlier = sorted(draw.randint(0, lengths[row]) for _ in range(shape.query_tokens - 1))
+        bounds[row, :-1] = torch.tensor([0, *earlier[1:]] if row % 4 == 3 else earlier)[: shape.query_tokens - 1]
     return dataclasses.replace(case, q=case.q * gains.unsqueeze(1))
 
 
@@ -105,7 +105,7 @@ def test_any_order_gives_the_oracles_result_and_the_same_bits(
 
 @pytest.mark.parametrize("spread", [8, 50])
 def test_scales_far_apart(spread: int, folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Tokens and groups of columns whose scales differ by up to 2^100, on both sides of 2^7, the largest factor."""
+    """Tokens and groups of columns whose scales differ by 2^50 and more, on both sides of 2^7, the largest factor."""
     case, ops = hostile_case(SMALL, seed), hopper_ops(SMALL, folder, monkeypatch, Gpu(3, seed, "random"))
     scales, draw = case.cache.k_scale, torch.Generator().manual_seed(seed)
     assert scales is not None
@@ -138,7 +138,7 @@ class Bug:
 
 BUGS = [
     Bug("fp8", "word << 8 & 0x80008000u", "word & 0x80008000u"),
-    Bug("fp8", "scale_byte + 120", "scale_byte + 121"),
+    Bug("fp8", "254u) << 7", "253u) << 7"),
     Bug("mla_fp8_softmax", "even.words[w] = (x & 0xffff) | y << 16", "even.words[w] = x"),
     Bug("mla_fp8_softmax", "? load_shared_byte(at + group) : 0)", "? load_shared_byte(at) : 0)"),
     Bug("mla_fp8_softmax", "factor_offset(lane % 4, warp / 2, lane / 8)", "factor_offset(lane % 4, 0, lane / 8)"),
