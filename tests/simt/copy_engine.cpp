@@ -76,13 +76,13 @@ void store_box(Copy& copy) {
     }
     for (unsigned i = 0; i < row_bytes; i += 16) {
       const u32 to = copy.to + row * row_bytes + i;
-      std::memcpy(resolve(*copy.block, map.swizzle ? swizzled(to, map.swizzle) : to, 16, 16), bytes + i, 16);
+      std::memcpy(resolve_async(*copy.block, map.swizzle ? swizzled(to, map.swizzle) : to, 16, 16), bytes + i, 16);
     }
   }
 }
 
 void perform(Copy& copy) {
-  if (copy.from) std::memcpy(resolve(*copy.block, copy.to, copy.bytes, 16), copy.from, copy.bytes);
+  if (copy.from) std::memcpy(resolve_async(*copy.block, copy.to, copy.bytes, 16), copy.from, copy.bytes);
   else store_box(copy);
   complete_bytes(*copy.block, copy.barrier, copy.bytes);
 }
@@ -97,7 +97,7 @@ void issue(Copy copy, unsigned ranks) {
     copy.block = &cluster.blocks[rank];
     if (copy.block->live == 0) fail("a copy into the memory of a block that has ended");
     find(*copy.block, copy.barrier);
-    u8* const to = resolve(*copy.block, copy.to, copy.bytes, 16);
+    u8* const to = resolve_async(*copy.block, copy.to, copy.bytes, 16);
     switch (machine.launch.asynchrony) {
       case Asynchrony::early: perform(copy); break;
       case Asynchrony::late: std::memset(to, 0xff, copy.bytes);  // nobody may count on what it held
@@ -129,6 +129,7 @@ void barrier_arrive(u32 address, unsigned rank, unsigned expected_bytes) {
   --barrier.pending;
   ++machine.events;
   end_phase_if_complete(block, address, barrier);
+  give_way();
 }
 
 bool barrier_passed(u32 address, unsigned parity) { return passed(find(this_block(), address), parity); }

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import random
+import re
 import struct
 import subprocess
 import sys
+import tempfile
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,6 +40,14 @@ _OPTIONS = (
     "-ffp-contract=fast",
     "-U_FORTIFY_SOURCE",
 )
+# What follows a kernel's own source.
+_ENTRY = """{text}
+extern "C" {{ unsigned cluster = {cluster}; }}
+extern "C" const char* run_kernel(const simt::Launch* launch, void** values) {{
+  thread_local char variable;
+  return simt::run(*launch, &variable, [](void** values) {{ simt::call({name}, values); }}, values);
+}}
+"""
 _TYPES: dict[str, Any] = {"pointer": ctypes.c_uint64, "int32": ctypes.c_int32, "map": ctypes.c_uint8 * 128}
 _CROWD = 4  # blocks that run interleaved of a kernel that need not have all its blocks on the GPU at once
 
@@ -125,10 +136,12 @@ def cpu_ops(
     root: Path | None = None,
     arch: str = "sm_100a",
     only_append: bool = False,
+    idle: Collection[str] = (),
 ) -> ops_cuda.CudaOps:
     """CudaOps whose kernels for `arch` run on the CPU, from the templates at `root`, for `processors` multiprocessors.
 
-    `folder` keeps what was built, for later calls too. Launches raise KernelFault. `only_append`: no other kernel.
+    `folder` stands for the artifact. Kernels of the templates `idle` do nothing; with `only_append` there are no others
+    but append. Launches raise KernelFault.
     """
     root = root or template_root()
     gpu = processors if isinstance(processors, Gpu) else Gpu(processors)
@@ -148,38 +161,60 @@ def cpu_ops(
     kernels = []
     for source in render_all(specs, root):
         planned = source.config.planned()
-        library = _build(source, folder, root)
+        if planned.template in idle:
+            source = dataclasses.replace(source, text=f'extern "C" void {planned.name}() {{}}')
+        library = build(source, root)
+        link = folder / library.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(library)
         kernels.append(dataclasses.replace(planned, cubin=library.name))
     return ops_cuda.CudaOps(shape, kernels, folder, torch.device("cpu"))
 
 
-def _build(source: KernelSource, folder: Path, root: Path) -> Path:
-    text = (
-        f"{source.text}\n"
-        f'extern "C" {{ unsigned cluster = {source.config.cluster or 1}; }}\n'
-        'extern "C" const char* run_kernel(const simt::Launch* launch, void** values) {\n'
-        "  thread_local char variable;\n"
-        f"  return simt::run(*launch, &variable, [](void** values) {{ simt::call({source.config.spec.name}, values); }},"
-        " values);\n}\n"
-    )
-    include = [_HERE / "include", root / "include"]
-    parts = [text, *(path.read_text() for folder in include for path in sorted(folder.rglob("*.cuh")))]
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    library = folder / f"{source.config.spec.name}-{digest}.so"
+def build(source: KernelSource, root: Path | None = None) -> Path:
+    """The shared library of a kernel; equal ones are built once a process."""
+    include = (_HERE / "include", (root or template_root()) / "include")
+    name = source.config.spec.name
+    text = _ENTRY.format(text=source.text, name=name, cluster=source.config.cluster or 1)
+    digest = hashlib.sha256("\0".join(_with_headers(text, include)).encode()).hexdigest()[:16]
+    library = _built() / f"{name}-{digest}.so"
     if not library.exists():
         written = library.with_suffix(".cpp")
         written.write_text(text)
         paths = [*(f"-I{path}" for path in (_HERE, *include)), "-include", str(_HERE / "cuda_on_cpu.h")]
-        _compile("-O2", *paths, str(written), str(_machine(folder)), into=library)
+        _compile("-O2", *paths, str(written), str(_machine()), into=library)
     return library
 
 
-def _machine(folder: Path) -> Path:
+def _with_headers(text: str, include: Sequence[Path]) -> list[str]:
+    """`text` and all that it includes, whether directly or not."""
+    seen: dict[str, str] = {}
+
+    def visit(text: str) -> None:
+        for name in re.findall(r'^#include "(.*)"$', text, re.MULTILINE):
+            if name not in seen:
+                seen[name] = next(path for folder in include if (path := folder / name).exists()).read_text()
+                visit(seen[name])
+
+    visit(text)
+    return [text, *seen.values()]
+
+
+@functools.cache
+def _machine() -> Path:
     """The library of the GPU itself; one for all kernels, so that they share the fibers."""
-    library = folder / "libsimt.so"
-    if not library.exists():
-        _compile("-O3", *(str(_HERE / name) for name in _MACHINE), into=library)
+    library = _built() / "libsimt.so"
+    _compile("-O3", *(str(_HERE / name) for name in _MACHINE), into=library)
     return library
+
+
+@functools.cache
+def _build_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="helixc-simt-")
+
+
+def _built() -> Path:
+    return Path(_build_folder().name)
 
 
 def _compile(*arguments: str, into: Path) -> None:
@@ -197,7 +232,7 @@ class _Encoded:
     def __init__(self, content: bytes) -> None:
         self._content = ctypes.create_string_buffer(content, len(content))
 
-    def getPtr(self) -> int:  # noqa: N802, the binding's name
+    def getPtr(self) -> int:
         return ctypes.addressof(self._content)
 
 
@@ -216,7 +251,7 @@ class _Driver:
     _SPAN: ClassVar = {"SWIZZLE_NONE": 0, "SWIZZLE_64B": 64, "SWIZZLE_128B": 128}
 
     @classmethod
-    def cuTensorMapEncodeTiled(  # noqa: N802, the driver's name
+    def cuTensorMapEncodeTiled(
         cls,
         kind: str,
         rank: int,

@@ -169,11 +169,12 @@ void run_warp(Warp& warp) {
       warp.ready &= ~(1u << lane);
       resume(warp.fibers[lane]);
     }
-  } while (warp.ready && !chance(8));
+  } while (warp.ready && !machine.doze && !chance(8));
   if (warp.ready && !warp.queued) {
     warp.queued = true;
-    machine.runnable.push_back(&warp);
+    (machine.doze || chance(4) ? machine.asleep : machine.runnable).push_back(&warp);
   }
+  machine.doze = false;
 }
 
 void wake_spinning() {
@@ -198,6 +199,7 @@ void start(Cluster& cluster, unsigned number) {
     block.rank = rank;
     block.live = launch.threads;
     if (block.memory) std::memset(block.memory, 0xff, launch.shared);
+    block.unfenced.assign((launch.shared + 3) / 4, 0);
     block.statics.assign(machine.variable_bytes, 0xff);
     std::fill(std::begin(block.named), std::end(block.named), NamedBarrier{0, 0});
     for (unsigned w = 0; w < warps; ++w) {
@@ -213,6 +215,7 @@ void start(Cluster& cluster, unsigned number) {
         fiber.warp = &warp;
         fiber.thread = w * 32 + i;
         fiber.wait = Wait::nothing;
+        fiber.unfenced.clear();
       }
       warp.queued = true;
       machine.runnable.push_back(&warp);
@@ -327,6 +330,12 @@ void run_all() {
       if (!machine.spinning.empty() && chance(16)) wake_spinning();
     } else if (ended == total) {
       return;
+    } else if (!machine.asleep.empty() && !machine.spinning.empty() && !chance(4)) {
+      wake_spinning();
+    } else if (!machine.asleep.empty() && (machine.copies.empty() || chance(2))) {
+      std::swap(machine.asleep[choice(unsigned(machine.asleep.size()))], machine.asleep.back());
+      machine.runnable.push_back(machine.asleep.back());
+      machine.asleep.pop_back();
     } else if (!machine.spinning.empty() && seen != machine.events) {
       seen = machine.events;
       idle = 0;
@@ -386,6 +395,14 @@ void meet(const char* what, unsigned mask, void* mine, void (*complete)(const La
   else suspend(Wait::warp);
 }
 
+void give_way() {
+  if (!chance(4)) return;
+  Fiber& fiber = *machine.current;
+  machine.doze = true;
+  fiber.warp->ready |= 1u << fiber.thread % 32;
+  suspend(Wait::nothing);
+}
+
 unsigned lane() { return machine.current->thread % 32; }
 
 void block_barrier(unsigned number, unsigned threads) {
@@ -439,6 +456,37 @@ u8* resolve(Block& block, u32 address, unsigned bytes, unsigned align) {
   return (machine.loaded == &block ? machine.variables : block.statics.data()) + (address - variables);
 }
 
+u8* resolve_async(Block& block, u32 address, unsigned bytes, unsigned align) {
+  u8* const memory = resolve(block, address, bytes, align);
+  if (u64(address) + bytes <= kShared + u64(machine.launch.shared))
+    for (u32 word = (address - kShared) / 4; word < (address - kShared + bytes) / 4; ++word)
+      if (const unsigned thread = block.unfenced[word])
+        fail("shared memory at %#x: thread %u has stored to it without fence.proxy.async", kShared + word * 4,
+             thread - 1);
+  return memory;
+}
+
+void* shared_for_store(u32 address, unsigned bytes, unsigned align) {
+  Block& block = this_block();
+  u8* const memory = resolve(block, address, bytes, align);
+  Fiber& fiber = *machine.current;
+  if (u64(address) + bytes <= kShared + u64(machine.launch.shared))
+    for (u32 word = (address - kShared) / 4; word < (address - kShared + bytes) / 4; ++word) {
+      block.unfenced[word] = (unsigned short)(1 + fiber.thread);
+      fiber.unfenced.push_back(word);
+    }
+  return memory;
+}
+
+void fence_async_proxy() {
+  Fiber& fiber = *machine.current;
+  for (const u32 word : fiber.unfenced) {
+    unsigned short& mark = this_block().unfenced[word];
+    if (mark == 1 + fiber.thread) mark = 0;
+  }
+  fiber.unfenced.clear();
+}
+
 void* shared(u32 address, unsigned bytes, unsigned align) { return resolve(this_block(), address, bytes, align); }
 
 const char* run(const Launch& launch, const void* variable, void (*call)(void**), void** values) {
@@ -451,7 +499,8 @@ const char* run(const Launch& launch, const void* variable, void (*call)(void**)
   grid_size = launch.grid;
   message.clear();
   machine.copies.clear();
-  machine.runnable.clear(), machine.at_mbarriers.clear(), machine.spinning.clear();
+  machine.doze = false;
+  machine.asleep.clear(), machine.runnable.clear(), machine.at_mbarriers.clear(), machine.spinning.clear();
   if (_setjmp(machine.failed) == 0) {
     Search search = {reinterpret_cast<const void*>(call)};
     dl_iterate_phdr(find_variables, &search);

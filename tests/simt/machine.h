@@ -34,6 +34,7 @@ struct Fiber {
   void (*complete)(const Lanes&);
   unsigned number;
   u32 barrier, parity;
+  std::vector<u32> unfenced;  // words of the block's dynamic shared memory that it stored since its last proxy fence
 };
 
 // The sums of one warp's 16 rows of a product that is under way: the registers hold nothing until it is complete.
@@ -68,6 +69,7 @@ struct Block {
   Index index;
   unsigned rank, live;
   u8* memory;               // dynamic shared memory
+  std::vector<unsigned short> unfenced;  // by word of it: 0, or 1 + the thread in whose list it is
   std::vector<u8> statics;  // its __shared__ variables, while another block runs
   std::deque<Warp> warps;
   NamedBarrier named[16];
@@ -95,7 +97,8 @@ struct Machine {
   Fiber* current;
   std::vector<std::unique_ptr<Cluster>> clusters;  // on the GPU
   std::vector<std::unique_ptr<Fiber[]>> fibers;   // by warp; kept between launches
-  std::vector<Warp*> runnable;
+  std::vector<Warp*> runnable, asleep;  // asleep: could run, but not before nobody else can
+  bool doze;                             // the warp that runs falls asleep when its other lanes have had their turn
   std::vector<Fiber*> at_mbarriers, spinning;
   std::vector<Copy> copies;
   Block* loaded;             // whose __shared__ variables are in place
@@ -109,6 +112,8 @@ extern Machine machine;
 constexpr u32 kShared = 1024;
 inline u32 variables_begin() { return kShared + (machine.launch.shared + 1023) / 1024 * 1024; }
 u8* resolve(Block& block, u32 address, unsigned bytes, unsigned align);
+// The same, for the tensor cores and the copy engine.
+u8* resolve_async(Block& block, u32 address, unsigned bytes, unsigned align);
 
 inline Block& this_block() { return *machine.current->warp->block; }
 void wake(Fiber& fiber);

@@ -54,6 +54,8 @@ void cluster_barrier();
 unsigned cluster_rank();
 // Lets others run: in a loop that waits for another thread's write.
 void spin();
+// After what others may react to: by chance, lets them do so for as long as they can.
+void give_way();
 // A number below `bound`, of this launch and by its seed.
 unsigned choice(unsigned bound);
 
@@ -63,6 +65,10 @@ unsigned char* dynamic_shared();
 std::uint32_t shared_address(const void* p);
 // The memory at `address` of this block. Fails unless `bytes` from there on belong to it, and it is aligned to `align`.
 void* shared(std::uint32_t address, unsigned bytes, unsigned align);
+// The same, to be written by an ordinary store: the tensor cores and the copy engine may not touch it before this thread
+// has called fence_async_proxy.
+void* shared_for_store(std::uint32_t address, unsigned bytes, unsigned align);
+void fence_async_proxy();
 
 // ---- mbarriers and the copy engine ----------------------------------------------------------------------------------
 

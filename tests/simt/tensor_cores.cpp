@@ -31,7 +31,7 @@ struct Operand {
   // 16 bytes whose address before the swizzle is `offset` from the start.
   const u8* piece(u32 offset) const {
     const u32 address = start + offset;
-    return resolve(block, address ^ (address >> 3 & 0x70), 16, 16);
+    return resolve_async(block, address ^ (address >> 3 & 0x70), 16, 16);
   }
 };
 

@@ -12,12 +12,11 @@ import torch
 
 from helixc.codegen.config import configure
 from helixc.codegen.problem import problems
-from helixc.codegen.render import KernelSource
 from helixc.codegen.template_root import template_root
 from helixc_runtime import ops_cuda
 from helixc_runtime.attention_shape import AttentionShape
 from tests.gpu.kernel_cases import check_attend, check_elements, gqa, mla, random_case
-from tests.simt import cpu_kernel
+from tests.simt.cpu_kernel import cpu_ops
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -40,17 +39,8 @@ def attend_ops(
     shape: AttentionShape, folder: Path, monkeypatch: pytest.MonkeyPatch, processors: int, root: Path | None = None
 ) -> ops_cuda.CudaOps:
     """CudaOps with the kernels of attend; its other kernels do nothing."""
-    build = cpu_kernel._build
-
-    def build_attention(source: KernelSource, folder: Path, root: Path) -> Path:
-        if source.config.spec.template not in ("partial", "merge"):
-            source = dataclasses.replace(source, text=f'extern "C" void {source.config.spec.name}() {{}}')
-        return build(source, folder, root)
-
     folder.mkdir(exist_ok=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(cpu_kernel, "_build", build_attention)
-        return cpu_kernel.cpu_ops(shape, 1, folder, monkeypatch, processors, root)
+    return cpu_ops(shape, 1, folder, monkeypatch, processors, root, idle=("append", "combine"))
 
 
 @pytest.fixture

@@ -185,10 +185,7 @@ template <class C> struct GqaFp8State {
           const float2 pair = {o[step][n][i] * gain, o[step][n][i + 2] * gain};
           *reinterpret_cast<float2*>(shared.o(stage, warp, column, step * 16 + lane / 4 * 2)) = pair;
         }
-        if (lane < 4) {
-          shared.largest[column][warp] = most == kLowest ? minus_infinity() : most;
-          shared.sum[column][warp] = total;
-        }
+        if (lane < 4) shared.largest[column][warp] = most, shared.sum[column][warp] = total;
       }
   }
 

@@ -114,10 +114,7 @@ template <class C> struct GqaState {
         float total = sum[n][i];
 #pragma unroll
         for (int distance = 4; distance < kWarp; distance *= 2) total += __shfl_xor_sync(0xffffffffu, total, distance);
-        if (lane < 4) {
-          if (C::query_tokens > 1 && largest[n][i] == nothing()) largest[n][i] = minus_infinity();
-          shared.largest[column][warp] = largest[n][i], shared.sum[column][warp] = total;
-        }
+        if (lane < 4) shared.largest[column][warp] = largest[n][i], shared.sum[column][warp] = total;
       }
   }
 

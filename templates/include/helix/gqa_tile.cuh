@@ -76,7 +76,7 @@ struct GqaArguments {
   const u8* v_scale;
 };
 
-// Stands for -inf where differences are taken: below every score.
+// The largest score of no token where differences of largest scores are taken, whose sum of weights is then 0.
 constexpr float kLowest = -3.0e38f;
 
 // Which tokens the queries of this lane may attend: columns lane % 4 * 2 + {0, 1} of each eight.

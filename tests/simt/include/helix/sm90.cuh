@@ -40,7 +40,7 @@ HELIX_DEVICE void barrier_wait(u64* barrier, u32 parity) { barrier_wait(shared_a
 HELIX_DEVICE void named_barrier(int number, int threads) { simt::block_barrier(unsigned(number), unsigned(threads)); }
 template <int number, int threads> HELIX_DEVICE void named_barrier_diverged() { named_barrier(number, threads); }
 
-HELIX_DEVICE void fence_async_proxy() {}
+HELIX_DEVICE void fence_async_proxy() { simt::fence_async_proxy(); }
 HELIX_DEVICE void prefetch_map(const TensorMap*) {}
 
 constexpr u64 kEvictFirst = 0x12f0000000000000, kEvictLast = 0x14f0000000000000;
@@ -91,9 +91,9 @@ HELIX_DEVICE u32 pack_bfloat16(float low, float high) {
   return float_to_bfloat16_bits(low) | u32(float_to_bfloat16_bits(high)) << 16;
 }
 
-HELIX_DEVICE void store_shared(u32 address, u32 word) { std::memcpy(simt::shared(address, 4, 4), &word, 4); }
-HELIX_DEVICE void store_shared(u32 address, float x) { std::memcpy(simt::shared(address, 4, 4), &x, 4); }
-HELIX_DEVICE void store_shared(u32 address, Vector16 v) { std::memcpy(simt::shared(address, 16, 16), &v, 16); }
+HELIX_DEVICE void store_shared(u32 address, u32 word) { std::memcpy(simt::shared_for_store(address, 4, 4), &word, 4); }
+HELIX_DEVICE void store_shared(u32 address, float x) { std::memcpy(simt::shared_for_store(address, 4, 4), &x, 4); }
+HELIX_DEVICE void store_shared(u32 address, Vector16 v) { std::memcpy(simt::shared_for_store(address, 16, 16), &v, 16); }
 HELIX_DEVICE float load_shared(u32 address) {
   float x;
   std::memcpy(&x, simt::shared(address, 4, 4), 4);
@@ -118,8 +118,14 @@ HELIX_DEVICE Vector16 load_global(const void* from) {
 HELIX_DEVICE void store_global(void* to, Vector16 v) { std::memcpy(aligned(to, 16), &v, 16); }
 
 // Others may run between any two of these: a loop of loads sees what they wrote in the meantime.
-HELIX_DEVICE void store_relaxed(float* to, const float4& x) { std::memcpy(aligned(to, 16), &x, 16); }
-HELIX_DEVICE void store_relaxed(float* to, float x) { *to = x; }
+HELIX_DEVICE void store_relaxed(float* to, const float4& x) {
+  std::memcpy(aligned(to, 16), &x, 16);
+  simt::give_way();
+}
+HELIX_DEVICE void store_relaxed(float* to, float x) {
+  *to = x;
+  simt::give_way();
+}
 HELIX_DEVICE void load_relaxed(u32 (&x)[4], const float* from) {
   simt::spin();
   std::memcpy(x, aligned(from, 16), 16);
