@@ -149,6 +149,8 @@ BUGS = [
     Bug("mla_fp8_softmax", "C::row_tokens > 1 && total == 0.0f ? 0.0f : 1.0f / total", "1.0f / total"),
     Bug("mla_fp8_softmax", "sum[i] *= factor;", ""),
     Bug("mla_fp8_softmax", "    mla_fp8_order_queries<C>(base + M8::q);", ""),
+    Bug("mla_fp8_softmax", "fence_async_proxy();\n  named_barrier(1, 128);", "named_barrier(1, 128);"),
+    Bug("mla_fp8_softmax", "      fence_async_proxy();\n      barrier_arrive", "      barrier_arrive"),
     Bug("mla_fp8_accumulate", "o[chunk][i / 2 * 4 + i % 2] *= scale;", ""),
     Bug("mla_fp8_accumulate", "if (flags & kExcess)", "if (false)"),
     Bug("mla_fp8_accumulate", "half + step > 0 || tile > first_tile", "true"),
