@@ -29,6 +29,7 @@ class KernelConfig:
     token_tile: int | None = None  # tokens in shared memory at a time
     stages: int | None = None  # tiles in flight
     cluster: int | None = None  # thread blocks that share a tile
+    width: int | None = None  # queries of a thread block, filled up to what a matrix instruction takes
     max_splits: int | None = None  # partials of one row that the merge has room for
     overlap: str | None = None  # what it does while the kernel before it still runs: Overlap in gqa_tile.cuh
     dynamic_shared: int | None = None  # bytes of shared memory that the launch gives
@@ -56,8 +57,9 @@ def configure(spec: KernelSpec) -> KernelConfig:
         case "mla_schedule":
             return KernelConfig(spec, threads=256)
         case "mla_partial":
-            cluster = 2 if dict(spec.params)["heads"] == 128 else 1  # 64 heads' output fills the register files
-            return KernelConfig(spec, threads=512, cluster=cluster, dynamic_shared=_HOPPER_SHARED)
+            return KernelConfig(spec, threads=512, cluster=_mla_cluster(spec), dynamic_shared=_HOPPER_SHARED)
+        case "mla_fp8_partial":
+            return _mla_fp8_partial(spec)
         case "mla_merge":
             return KernelConfig(spec, threads=512, max_splits=MAX_PROCESSORS)
         case "gqa_schedule":
@@ -79,6 +81,24 @@ def _append(spec: KernelSpec) -> KernelConfig:
     columns = math.gcd(_VECTOR_BYTES // itemsize, plain, run)
     loads = max(plain, run) // columns
     return KernelConfig(spec, _THREADS, lanes=min(_WARP, 1 << (loads - 1).bit_length()), columns=columns)
+
+
+def _mla_cluster(spec: KernelSpec) -> int:
+    """Thread blocks for the queries of a scheduled row: the output of 64 fills a multiprocessor's registers."""
+    return -(-_mla_queries(spec) // 64)
+
+
+def _mla_queries(spec: KernelSpec) -> int:
+    params = dict(spec.params)
+    return int(params["heads"]) * int(params["row_tokens"])
+
+
+def _mla_fp8_partial(spec: KernelSpec) -> KernelConfig:
+    """As many tiles in flight as fit beside the queries."""
+    width = next(n for n in (16, 32, 64) if n >= min(_mla_queries(spec), 64))
+    stages = 4 if width == 64 else 5
+    used = width * (1152 + 128 + 8) + stages * (64 * 581 + 16) + 1024 + 32 + 32  # MlaFp8Shared, mla_fp8_layout.cuh
+    return KernelConfig(spec, threads=512, stages=stages, cluster=_mla_cluster(spec), width=width, dynamic_shared=used)
 
 
 def _gqa_partial(spec: KernelSpec) -> KernelConfig:

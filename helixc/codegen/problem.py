@@ -42,7 +42,7 @@ def _problems(shape: AttentionShape, cp: int, arch: str, portable: bool) -> tupl
 def attention(shape: AttentionShape, arch: str) -> tuple[KernelSpec, ...]:
     """The kernels of Ops.attend: Hopper's own where they serve the shape, else the portable ones."""
     if arch == "sm_90a" and _hopper_mla(shape):
-        return _mla_schedule(arch), _mla_partial(shape, arch), _mla_merge(shape, arch)
+        return _mla_schedule(shape, arch), _mla_partial(shape, arch), _mla_merge(shape, arch)
     if arch == "sm_90a" and _hopper_gqa(shape):
         return _gqa_schedule(shape, arch), _gqa_partial(shape, arch)
     return _partial(shape, arch), _merge(shape, arch)
@@ -50,8 +50,9 @@ def attention(shape: AttentionShape, arch: str) -> tuple[KernelSpec, ...]:
 
 def _hopper_mla(shape: AttentionShape) -> bool:
     dims = (shape.head_dim, shape.partial_dim) == (576, 512)
-    sizes = shape.heads in (16, 32, 64, 128) and shape.block in (32, 64) and shape.query_tokens == 1
-    return _all_bfloat16(shape) and shape.is_mla and dims and sizes
+    sizes = shape.heads in (16, 32, 64, 128) and shape.query_tokens in (1, 2, 3, 4) and shape.block in (32, 64)
+    cached = shape.dtype == "bfloat16" and shape.kv_dtype in ("bfloat16", "float8_e4m3fn")
+    return cached and shape.is_mla and dims and sizes
 
 
 def _hopper_gqa(shape: AttentionShape) -> bool:
@@ -67,18 +68,28 @@ def _all_bfloat16(shape: AttentionShape) -> bool:
     return shape.dtype == shape.kv_dtype == "bfloat16"
 
 
-def _mla_schedule(arch: str) -> KernelSpec:
-    return KernelSpec("mla_schedule", "mla_schedule", (), arch)
+def _mla_schedule(shape: AttentionShape, arch: str) -> KernelSpec:
+    tokens = _row_tokens(shape)
+    return KernelSpec("mla_schedule" + _several(tokens), "mla_schedule", (("row_tokens", tokens),), arch)
 
 
 def _mla_partial(shape: AttentionShape, arch: str) -> KernelSpec:
-    params: Params = (*_heads(shape), ("partial_dim", shape.partial_dim), ("scale", shape.scale))
-    return KernelSpec(f"mla_partial_h{shape.heads}_b{shape.block}", "mla_partial", params, arch)
+    tokens: Params = (("query_tokens", shape.query_tokens), ("row_tokens", _row_tokens(shape)))
+    params: Params = (*_heads(shape), ("partial_dim", shape.partial_dim), ("scale", shape.scale), *tokens)
+    template = "mla_partial" if shape.kv_dtype == "bfloat16" else "mla_fp8_partial"
+    name = f"{template}_h{shape.heads}{_several(shape.query_tokens)}_b{shape.block}"
+    return KernelSpec(name, template, params, arch)
 
 
 def _mla_merge(shape: AttentionShape, arch: str) -> KernelSpec:
-    params: Params = (("heads", shape.heads), ("partial_dim", shape.partial_dim))
-    return KernelSpec(f"mla_merge_h{shape.heads}", "mla_merge", params, arch)
+    tokens = _row_tokens(shape)
+    params: Params = (("heads", shape.heads), ("partial_dim", shape.partial_dim), ("row_tokens", tokens))
+    return KernelSpec(f"mla_merge_h{shape.heads}{_several(tokens)}", "mla_merge", params, arch)
+
+
+def _row_tokens(shape: AttentionShape) -> int:
+    """Query tokens that are one row of the schedule: as many, a divisor of all, as have 128 heads in one cluster."""
+    return max(n for n in range(1, shape.query_tokens + 1) if shape.query_tokens % n == 0 and shape.heads * n <= 128)
 
 
 def _gqa_schedule(shape: AttentionShape, arch: str) -> KernelSpec:
@@ -97,7 +108,8 @@ def _gqa_partial(shape: AttentionShape, arch: str) -> KernelSpec:
 
 
 def _gqa_dims(shape: AttentionShape) -> str:
-    return f"h{shape.heads}_kv{shape.kv_heads}_d{shape.head_dim}_b{shape.block}{_cached(shape)}{_tokens(shape)}"
+    heads = f"h{shape.heads}_kv{shape.kv_heads}"
+    return f"{heads}_d{shape.head_dim}_b{shape.block}{_cached(shape)}{_several(shape.query_tokens)}"
 
 
 def _append(shape: AttentionShape, arch: str) -> KernelSpec:
@@ -115,7 +127,7 @@ def _partial(shape: AttentionShape, arch: str) -> KernelSpec:
         ("query_tokens", shape.query_tokens),
         ("scale", shape.scale),
     )
-    return KernelSpec(f"partial_{dims}{_tokens(shape)}", "partial", params, arch)
+    return KernelSpec(f"partial_{dims}{_several(shape.query_tokens)}", "partial", params, arch)
 
 
 def _merge(shape: AttentionShape, arch: str) -> KernelSpec:
@@ -151,6 +163,6 @@ def _cached(shape: AttentionShape) -> str:
     return "" if shape.kv_dtype == shape.dtype else f"_kv{_SHORT[shape.kv_dtype]}"
 
 
-def _tokens(shape: AttentionShape) -> str:
+def _several(tokens: int) -> str:
     """The part of a name that says how many query tokens, if several."""
-    return "" if shape.query_tokens == 1 else f"_q{shape.query_tokens}"
+    return "" if tokens == 1 else f"_q{tokens}"

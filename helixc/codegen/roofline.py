@@ -49,7 +49,7 @@ def _work(plan: Plan, instance: Instance, rank: Rank, kernel: Kernel) -> tuple[i
     if kernel.template == "combine":
         partials = rows * (heads // instance.cp) * (arch.partial_dim * size + 4)
         return (instance.cp + 1) * partials, 0
-    if kernel.template not in ("partial", "mla_partial", "gqa_partial"):
+    if kernel.template not in ("partial", "mla_partial", "mla_fp8_partial", "gqa_partial"):
         return None
     tokens = rows * local_length(instance.max_seq_len, plan.tokens_per_block, instance.cp, rank.cp_rank)
     return tokens * stored, 2 * tokens * heads * (arch.head_dim + arch.partial_dim)

@@ -27,6 +27,20 @@ pytestmark = [
 BOUND = 5e-3  # relative Frobenius error of o in bfloat16
 SHAPES = {
     **{f"mla h{heads} b{block}": mla(heads, block) for heads in (16, 32, 64, 128) for block in (32, 64)},
+    **{
+        f"mla h{heads} b{block} fp8": mla(heads, block, kv_dtype="float8_e4m3fn")
+        for heads in (16, 32, 64, 128)
+        for block in (32, 64)
+    },
+    "mla h16 t4": mla(16, 64, query_tokens=4),
+    "mla h32 b32 t3": mla(32, 32, query_tokens=3),
+    "mla h64 t2": mla(64, 64, query_tokens=2),
+    "mla h128 b32 t2": mla(128, 32, query_tokens=2),
+    "mla h16 b32 fp8 t3": mla(16, 32, kv_dtype="float8_e4m3fn", query_tokens=3),
+    "mla h32 fp8 t4": mla(32, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
+    "mla h64 b32 fp8 t4": mla(64, 32, kv_dtype="float8_e4m3fn", query_tokens=4),
+    "mla h64 fp8 t3": mla(64, 64, kv_dtype="float8_e4m3fn", query_tokens=3),
+    "mla h128 fp8 t4": mla(128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
     "gqa 64,8": gqa(64, 8, 128, 64),
     "gqa 16,1": gqa(16, 1, 128, 64),
     "gqa 10,2 d64 b16": gqa(10, 2, 64, 16),
@@ -116,6 +130,9 @@ def test_against_the_oracle(shape: AttentionShape, lengths: list[int], folder: P
     [
         mla(64, 64),
         mla(128, 32),
+        mla(16, 32, kv_dtype="float8_e4m3fn"),
+        mla(64, 64, kv_dtype="float8_e4m3fn", query_tokens=2),
+        mla(16, 64, query_tokens=4),
         gqa(64, 8, 128, 64),
         gqa(8, 2, 128, 64, query_tokens=4),
         gqa(64, 8, 128, 64, kv_dtype="float8_e4m3fn"),
@@ -139,6 +156,9 @@ def test_large_scores(shape: AttentionShape, folder: Path, seed: int) -> None:
     [
         mla(64, 64),
         mla(128, 32),
+        mla(16, 32, kv_dtype="float8_e4m3fn"),
+        mla(64, 64, kv_dtype="float8_e4m3fn", query_tokens=2),
+        mla(16, 64, query_tokens=4),
         gqa(64, 8, 128, 64),
         gqa(8, 2, 128, 64, query_tokens=4),
         gqa(64, 8, 128, 64, kv_dtype="float8_e4m3fn"),

@@ -48,8 +48,8 @@ void complete_bytes(Block& block, u32 address, unsigned bytes) {
   end_phase_if_complete(block, address, barrier);
 }
 
-// The 128-byte swizzle: address bits 4 to 6 change by bits 7 to 9.
-u32 swizzled(u32 address) { return address ^ (address >> 3 & 0x70); }
+// The swizzle over 64 or 128 bytes: address bits 4 to 5 or 6 change by bits 7 to 8 or 9.
+u32 swizzled(u32 address, u32 span) { return address ^ (address >> 3 & (span - 16)); }
 
 unsigned rows_of(const Map& map) {
   unsigned rows = 1;
@@ -76,7 +76,7 @@ void store_box(Copy& copy) {
     }
     for (unsigned i = 0; i < row_bytes; i += 16) {
       const u32 to = copy.to + row * row_bytes + i;
-      std::memcpy(resolve_async(*copy.block, map.swizzle ? swizzled(to) : to, 16, 16), bytes + i, 16);
+      std::memcpy(resolve_async(*copy.block, map.swizzle ? swizzled(to, map.swizzle) : to, 16, 16), bytes + i, 16);
     }
   }
 }

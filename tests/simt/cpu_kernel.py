@@ -248,7 +248,7 @@ class _Driver:
     cuuint32_t = cuuint64_t = int
 
     _BYTES: ClassVar = {"UINT8": 1, "BFLOAT16": 2, "FLOAT16": 2, "FLOAT32": 4}
-    _SPAN: ClassVar = {"SWIZZLE_NONE": 0, "SWIZZLE_128B": 128}
+    _SPAN: ClassVar = {"SWIZZLE_NONE": 0, "SWIZZLE_64B": 64, "SWIZZLE_128B": 128}
 
     @classmethod
     def cuTensorMapEncodeTiled(

@@ -144,7 +144,7 @@ MLA_BUGS = [
     Bug("mla_accumulate", "fence_async_proxy();\n  named_barrier(1 + side, 128);", "named_barrier(1 + side, 128);"),
     Bug("mla_accumulate", "named_barrier(1 + side, 128);  // all", "// all"),
     # Masks, layouts, numbers.
-    Bug("mla_softmax", "mla_mask(s, length - tile * kTileTokens);", ""),
+    Bug("mla_softmax", "mla_mask(s, bound - tile * kTileTokens);", ""),
     Bug("mla_accumulate", "if (valid < kTileTokens) mla_clear_tail(values, side, valid);", ""),
     Bug("mla_layout", "column ^ (row % 8 * 16)", "column ^ (row % 4 * 16)"),
     Bug(
@@ -152,7 +152,7 @@ MLA_BUGS = [
         "MatrixOperand v(values + half * kHalfOffset, 1024, 2048)",
         "MatrixOperand v(values + half * kHalfOffset, 2048, 1024)",
     ),
-    Bug("mla_merge", "const float w = __expf(weight[i] - largest);", "const float w = __expf(weight[i] - sum.top);"),
+    Bug("mla_merge", "__expf(weight[i] - finite<C>(largest));", "__expf(weight[i] - sum.top);"),
     Bug("mla_merge", "weight * totals[w]", "totals[w]", processors=16),  # many parts of a row
 ]
 GQA_BUGS = [

@@ -44,10 +44,14 @@ def test_names_say_what_a_kernel_is_specialised_on() -> None:
         (gqa(8, 1, 96, 64), False),
         (gqa(8, 1, 128, 4), False),
         (gqa(8, 1, 128, 96), False),
-        (mla(64, 32, query_tokens=2), False),
+        (mla(64, 32, query_tokens=2), True),
+        (mla(128, 64, query_tokens=4), True),
+        (mla(64, 32, query_tokens=5), False),
         (gqa(8, 1, 128, 64, query_tokens=2), True),
         (gqa(8, 1, 128, 64, query_tokens=3), False),  # 24 queries a KV head
-        (mla(64, 32, kv_dtype="float8_e4m3fn"), False),
+        (mla(64, 32, kv_dtype="float8_e4m3fn"), True),
+        (mla(16, 64, kv_dtype="float8_e4m3fn", query_tokens=3), True),
+        (mla(64, 32, "float16", kv_dtype="float8_e4m3fn"), False),
         (gqa(8, 1, 128, 64, kv_dtype="float8_e4m3fn"), True),
         (gqa(4, 1, 64, 16, kv_dtype="float8_e4m3fn", query_tokens=4), True),
         (gqa(8, 1, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=3), False),
@@ -59,6 +63,32 @@ def test_hopper_kernels_where_they_serve_the_shape(shape: AttentionShape, hopper
     for arch, expected in (("sm_90a", hopper), ("sm_100a", False)):
         templates = {spec.template for spec in attention(shape, arch)}
         assert ("partial" not in templates) == expected, (arch, templates)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "row_tokens", "cluster", "width"),
+    [
+        (16, 1, 1, 1, 16),
+        (16, 2, 2, 1, 32),
+        (16, 3, 3, 1, 64),
+        (32, 1, 1, 1, 32),
+        (32, 3, 3, 2, 64),
+        (32, 4, 4, 2, 64),
+        (64, 2, 2, 2, 64),
+        (64, 3, 1, 1, 64),  # 192 queries are too many for a cluster
+        (64, 4, 2, 2, 64),
+        (128, 4, 1, 2, 64),
+    ],
+)
+def test_query_tokens_share_tiles_as_far_as_a_cluster_has_room(
+    heads: int, tokens: int, row_tokens: int, cluster: int, width: int
+) -> None:
+    shape = mla(heads, 64, kv_dtype="float8_e4m3fn", query_tokens=tokens)
+    schedule, partial, merge = attention(shape, "sm_90a")
+    assert {dict(spec.params)["row_tokens"] for spec in (schedule, partial, merge)} == {row_tokens}
+    choice = configure(partial)
+    assert (choice.cluster, choice.width) == (cluster, width)
+    assert choice.dynamic_shared is not None and choice.dynamic_shared <= 232_448
 
 
 @pytest.mark.parametrize("group", [*range(1, 18), 128])

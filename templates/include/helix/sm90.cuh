@@ -208,6 +208,11 @@ HELIX_DEVICE float load_shared(u32 address) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
   return __int_as_float(int(word));
 }
+HELIX_DEVICE u32 load_shared_byte(u32 address) {
+  u32 byte;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(address) : "memory");
+  return byte;
+}
 HELIX_DEVICE Vector16 load_shared_vector(u32 address) {
   Vector16 v;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"

@@ -99,6 +99,7 @@ HELIX_DEVICE float load_shared(u32 address) {
   std::memcpy(&x, simt::shared(address, 4, 4), 4);
   return x;
 }
+HELIX_DEVICE u32 load_shared_byte(u32 address) { return *static_cast<const u8*>(simt::shared(address, 1, 1)); }
 HELIX_DEVICE Vector16 load_shared_vector(u32 address) {
   Vector16 v;
   std::memcpy(&v, simt::shared(address, 16, 16), 16);
