@@ -23,7 +23,7 @@ def tensor_map(tensor: Tensor, dims: Sequence[int], strides: Sequence[int], box:
     from cuda.bindings import driver
 
     swizzles = driver.CUtensorMapSwizzle
-    swizzle = {32: swizzles.CU_TENSOR_MAP_SWIZZLE_64B, 64: swizzles.CU_TENSOR_MAP_SWIZZLE_128B}[box[0]]
+    swizzle = swizzles.CU_TENSOR_MAP_SWIZZLE_64B if box[0] == 32 else swizzles.CU_TENSOR_MAP_SWIZZLE_128B
     error, encoded = driver.cuTensorMapEncodeTiled(
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         len(dims),
