@@ -42,6 +42,9 @@ inline void wait(State state) {
   swapcontext(&fibers[self].context, &scheduler);
 }
 
+// Lets the block's other threads run: for loops that wait for another GPU.
+inline void yield() { wait(State::ready); }
+
 inline void enter() {
   body();
   wait(State::done);
@@ -78,7 +81,8 @@ inline void run_block() {
       swapcontext(&scheduler, &fibers[i].context);
     }
     if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == State::done; })) return;
-    bool released = release(0, threads, State::at_block_barrier);
+    bool released = std::any_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == State::ready; });
+    released |= release(0, threads, State::at_block_barrier);
     for (unsigned warp = 0; warp < threads; warp += 32)
       released |= release(warp, std::min(warp + 32, threads), State::at_warp_barrier);
     if (!released) {
