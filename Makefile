@@ -14,7 +14,7 @@ SMOLLM2 := checkpoints/smollm2-135m-instruct/config.json
 TINY := checkpoints/tiny-deepseek-v3-lite/config.json checkpoints/tiny-qwen3-moe/config.json
 export PROMPT
 
-.PHONY: help run test check fmt golden gpu-test setup bench-report examples fuzz
+.PHONY: help run test check fmt golden gpu-test bench setup bench-report examples fuzz
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -44,6 +44,11 @@ fuzz: $(VENV)/.installed-dev ## 100,000 mutated deployment files through the che
 
 gpu-test: ## the tests that need a GPU, with $(PYTHON)'s own packages
 	PYTHONPATH=.:runtime $(PYTHON) -m pytest -m gpu tests/gpu
+
+bench: ## what needs a GPU in bench/, with $(PYTHON)'s own packages; then make bench-report
+	$(PYTHON) bench/launch.py
+	$(PYTHON) bench/steps.py
+	$(PYTHON) bench/attention.py
 
 setup: $(VENV)/.installed-dev ## only install, with what development needs
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from helixc import __version__
 from helixc.arguments import parser
+from helixc_runtime.switches import read_switches
 
 OK, FINDINGS, USAGE = 0, 1, 2
 
@@ -21,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _accept_any_text()
     try:
         arguments = parser().parse_args(argv)
+        if problem := _wrong_switch():
+            print(f"helixc: {problem}", file=sys.stderr)
+            return USAGE
         code = _VERBS[arguments.verb](arguments)
         sys.stdout.flush()
         return code
@@ -31,6 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FINDINGS
     except KeyboardInterrupt:
         return 130
+
+
+def _wrong_switch() -> str | None:
+    """What is wrong with the environment variables of docs/debugging.md: better said here than by every rank."""
+    try:
+        read_switches()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _accept_any_text() -> None:

@@ -132,7 +132,7 @@ def _lines(wishes: Wishes, arch: ModelArch) -> Iterator[str]:
     yield "  tokens_per_block: 32 # consecutive tokens on one cp rank; block j of a request is on rank j % cp"
     yield ""
     yield "kv_cache_config:"
-    yield "  dtype: auto # that of the model"
+    yield "  dtype: auto # that of the model; fp8 (e4m3 with scales) takes half of 16 bits"
     yield "  free_gpu_memory_fraction: 0.9 # of the memory that the weights leave"
     yield "  # max_tokens: 65536 # a limit for one rank; by default what max_batch_size and max_seq_len need"
     yield ""

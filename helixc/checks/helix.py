@@ -9,10 +9,11 @@ from helixc.checks.case import CP, TP, Case, ModelCase, Side
 from helixc.checks.check import Finding, error, warning
 from helixc.diagnostics import counted, divisors, listed
 from helixc.hardware import GPUS, NETWORK_LATENCY, NVLINK_LATENCY, Gpu
+from helixc.plan.lower import kv_dtype
 from helixc.spec.agreement import value_at
 from helixc.spec.source import KeyPath
 from helixc.table import byte_size
-from helixc_runtime.manifest import DTYPE_BYTES, ModelArch
+from helixc_runtime.manifest import ModelArch
 
 
 @error("HX301")
@@ -99,7 +100,7 @@ def kv_heads_are_duplicated(case: ModelCase) -> Iterator[Finding]:
     for side in _sides_that_split_heads(case):
         if side.tp > kv_heads and side.tp % kv_heads == 0:
             copies = side.tp // kv_heads
-            token = case.arch.num_layers * kv_heads * case.arch.kv_width * _element(side.spec.kv_dtype)
+            token = case.arch.num_layers * kv_heads * _cached(side, case.arch)
             message = (
                 f"tp {side.tp} of {side.name} holds each of the {kv_heads} KV heads {copies} times: "
                 f"{byte_size(copies * token)} a token instead of {byte_size(token)}"
@@ -165,7 +166,7 @@ def _saved_a_token(side: Side, arch: ModelArch, gpu: Gpu) -> float:
     """Seconds a layer that cp saves for every token of length, at max_batch_size on one rank."""
     tp = 1 if side.spec.enable_attention_dp else side.tp
     kv_heads = max(1, arch.num_kv_heads // tp)
-    read = side.spec.max_batch_size * kv_heads * arch.kv_width * _element(side.spec.kv_dtype)
+    read = side.spec.max_batch_size * kv_heads * _cached(side, arch)
     return read * (1 - 1 / side.cp) / gpu.bandwidth
 
 
@@ -178,6 +179,6 @@ def _exchange_time(side: Side, arch: ModelArch, gpu: Gpu) -> float:
     return latency + partials * (1 - 1 / side.cp) / link
 
 
-def _element(dtype: str) -> int:
-    """Bytes of a cached element; what is auto is taken for a 16-bit type."""
-    return DTYPE_BYTES.get(dtype, 2)
+def _cached(side: Side, arch: ModelArch) -> int:
+    """Bytes cached per token, layer and KV head; what is auto is taken for a 16-bit type."""
+    return arch.kv_bytes(kv_dtype(side.spec, "bfloat16"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from helixc.codegen.problem import KernelSpec, Param
@@ -10,9 +11,11 @@ from helixc_runtime.manifest import DTYPE_BYTES, Kernel
 
 _STATIC_SHARED = 48 * 1024  # bytes a thread block may declare without asking the driver for more
 _THREADS = 128
+_WARP = 32
+_VECTOR_BYTES = 16  # the widest load and store of one thread
 _HOPPER_SHARED = 231_424  # what the MLA partial uses of the 232,448 bytes a thread block may have
-_GQA_TILE = 64
 _EXCHANGE_THREADS = 64  # few, so that a row's heads are spread over the multiprocessors
+_GQA_TILES = {"bfloat16": 64, "float8_e4m3fn": 128}  # tokens, 32 KiB of K and V at D 128
 _HEAD_TILES = (8, 4, 2, 1)
 _TOKEN_TILES = (64, 32, 16, 8, 4)
 
@@ -27,9 +30,12 @@ class KernelConfig:
     token_tile: int | None = None  # tokens in shared memory at a time
     stages: int | None = None  # tiles in flight
     cluster: int | None = None  # thread blocks that share a tile
+    width: int | None = None  # queries of a thread block, filled up to what a matrix instruction takes
     max_splits: int | None = None  # partials of one row that the merge has room for
     overlap: str | None = None  # what it does while the kernel before it still runs: Overlap in gqa_tile.cuh
     dynamic_shared: int | None = None  # bytes of shared memory that the launch gives
+    lanes: int | None = None  # of a warp that share one vector of columns
+    columns: int | None = None  # of a vector that a lane moves at a time
 
     @property
     def params(self) -> dict[str, Param]:
@@ -43,19 +49,22 @@ class KernelConfig:
 
 
 def configure(spec: KernelSpec) -> KernelConfig:
-    """Choose threads and tiles. Raises ValueError if no tile of the partial kernel fits shared memory."""
+    """Choose threads and tiles. Raises ValueError for dims that the kernel does not serve."""
     match spec.template:
+        case "append":
+            return _append(spec)
         case "partial":
             return _portable_partial(spec)
         case "mla_schedule":
             return KernelConfig(spec, threads=256)
         case "mla_partial":
-            cluster = 2 if dict(spec.params)["heads"] == 128 else 1  # 64 heads' output fills the register files
-            return KernelConfig(spec, threads=512, cluster=cluster, dynamic_shared=_HOPPER_SHARED)
+            return KernelConfig(spec, threads=512, cluster=_mla_cluster(spec), dynamic_shared=_HOPPER_SHARED)
+        case "mla_fp8_partial":
+            return _mla_fp8_partial(spec)
         case "mla_merge":
             return KernelConfig(spec, threads=512, max_splits=MAX_PROCESSORS)
         case "gqa_schedule":
-            return KernelConfig(spec, threads=32, token_tile=_GQA_TILE)
+            return KernelConfig(spec, threads=32, token_tile=_gqa_tile(spec))
         case "gqa_partial":
             return _gqa_partial(spec)
         case "exchange":
@@ -75,30 +84,73 @@ def _reduce(spec: KernelSpec) -> KernelConfig:
     return KernelConfig(spec, threads=min(-(-size // 512) * 32, 1024))
 
 
+def _append(spec: KernelSpec) -> KernelConfig:
+    """The widest loads that neither straddle plain and rotary columns nor part a pair; a lane for each, or a warp."""
+    params = dict(spec.params)
+    _check_head_dim(spec)
+    rope, itemsize = int(params["rope_dim"]), DTYPE_BYTES[str(params["dtype"])]
+    if rope < 2:
+        raise ValueError(f"{spec.name}: rope_dim {rope} leaves nothing to rotate")
+    plain, run = int(params["head_dim"]) - rope, rope if params["interleaved"] else rope // 2
+    columns = math.gcd(_VECTOR_BYTES // itemsize, plain, run)
+    loads = max(plain, run) // columns
+    return KernelConfig(spec, _THREADS, lanes=min(_WARP, 1 << (loads - 1).bit_length()), columns=columns)
+
+
+def _mla_cluster(spec: KernelSpec) -> int:
+    """Thread blocks for the queries of a scheduled row: the output of 64 fills a multiprocessor's registers."""
+    return -(-_mla_queries(spec) // 64)
+
+
+def _mla_queries(spec: KernelSpec) -> int:
+    params = dict(spec.params)
+    return int(params["heads"]) * int(params["row_tokens"])
+
+
+def _mla_fp8_partial(spec: KernelSpec) -> KernelConfig:
+    """As many tiles in flight as fit beside the queries."""
+    width = next(n for n in (16, 32, 64) if n >= min(_mla_queries(spec), 64))
+    stages = 4 if width == 64 else 5
+    used = width * (1152 + 128 + 8) + stages * (64 * 581 + 16) + 1024 + 32 + 32  # MlaFp8Shared, mla_fp8_layout.cuh
+    return KernelConfig(spec, threads=512, stages=stages, cluster=_mla_cluster(spec), width=width, dynamic_shared=used)
+
+
 def _gqa_partial(spec: KernelSpec) -> KernelConfig:
     """Four warps that compute and one that copies; 128 KiB of K and V in flight."""
     params = dict(spec.params)
-    dim, columns = int(params["head_dim"]), 8 if int(params["heads"]) // int(params["kv_heads"]) <= 8 else 16
+    dim, tile = int(params["head_dim"]), _gqa_tile(spec)
+    queries = int(params["heads"]) // int(params["kv_heads"]) * int(params["query_tokens"])
+    fp8 = params["kv_dtype"] == "float8_e4m3fn"
+    columns, token_bytes = 8 if queries <= 8 else 16, dim if fp8 else 2 * dim
     stages = 512 // dim
-    used = stages * (2 * _GQA_TILE * dim * 2 + 16) + 2 * 4 * columns * 4 + 64 + 3072 + 16  # GqaShared, gqa_tile.cuh
+    stage = 2 * tile * token_bytes + 16 + (2 * tile if fp8 else 0)
+    used = stages * stage + 2 * 4 * columns * 4 + 64 + 3072 + 16  # GqaShared, gqa_tile.cuh
     shared = -(-used // 1024) * 1024
-    return KernelConfig(
-        spec, threads=160, token_tile=_GQA_TILE, stages=stages, overlap="old_tokens", dynamic_shared=shared
-    )
+    return KernelConfig(spec, threads=160, token_tile=tile, stages=stages, overlap="old_tokens", dynamic_shared=shared)
+
+
+def _gqa_tile(spec: KernelSpec) -> int:
+    return _GQA_TILES[str(dict(spec.params)["kv_dtype"])]
 
 
 def _portable_partial(spec: KernelSpec) -> KernelConfig:
     params = dict(spec.params)
     heads, kv_heads, dim = int(params["heads"]), int(params["kv_heads"]), int(params["head_dim"])
-    size, copies = DTYPE_BYTES[str(params["kv_dtype"])], 1 if params["mla"] else 2
-    if dim % 8:
-        raise ValueError(f"{spec.name}: head_dim {dim} is not a multiple of 8")
+    tiled = "bfloat16" if params["kv_dtype"] == "float8_e4m3fn" else str(params["kv_dtype"])  # Tiled, partial.cuh
+    size, copies = DTYPE_BYTES[tiled], 1 if params["mla"] else 2
+    _check_head_dim(spec)
     for most in _HEAD_TILES:
         tile = _even_tile(heads // kv_heads, most)
         for tokens in _TOKEN_TILES:
             if _shared_bytes(tile, tokens, dim, size, copies) <= _STATIC_SHARED:
                 return KernelConfig(spec, _THREADS, tile, tokens)
     raise ValueError(f"{spec.name}: head_dim {dim} does not fit {_STATIC_SHARED} bytes of shared memory")
+
+
+def _check_head_dim(spec: KernelSpec) -> None:
+    dim = dict(spec.params)["head_dim"]
+    if int(dim) % 8:
+        raise ValueError(f"{spec.name}: head_dim {dim} is not a multiple of 8")
 
 
 def _even_tile(group: int, most: int) -> int:

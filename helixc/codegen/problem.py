@@ -7,11 +7,12 @@ from functools import lru_cache
 
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.manifest import Dtype
+from helixc_runtime.switches import read_switches
 
 Param = int | float | str | bool
 Params = tuple[tuple[str, Param], ...]
 
-_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float8_e4m3fn": "f8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,19 +25,25 @@ class KernelSpec:
     arch: str
 
 
-@lru_cache(maxsize=256)
 def problems(shape: AttentionShape, cp: int, arch: str) -> tuple[KernelSpec, ...]:
     """The kernels that decoding `shape` needs on each of `cp` ranks.
 
-    Also with cp = 1, so that every deployment runs the same steps; its combine merges one partial.
+    Also with cp = 1, so that every deployment runs the same steps; its combine merges one partial. HELIXC_PORTABLE=1
+    chooses as if Hopper had no kernels of its own.
     """
-    return _append(shape, arch), *attention(shape, arch), _combine(shape, cp, arch)
+    return _problems(shape, cp, arch, read_switches().portable)
+
+
+@lru_cache(maxsize=256)
+def _problems(shape: AttentionShape, cp: int, arch: str, portable: bool) -> tuple[KernelSpec, ...]:
+    attend = (_partial(shape, arch), _merge(shape, arch)) if portable else attention(shape, arch)
+    return _append(shape, arch), *attend, _combine(shape, cp, arch)
 
 
 def attention(shape: AttentionShape, arch: str) -> tuple[KernelSpec, ...]:
     """The kernels of Ops.attend: Hopper's own where they serve the shape, else the portable ones."""
     if arch == "sm_90a" and _hopper_mla(shape):
-        return _mla_schedule(arch), _mla_partial(shape, arch), _mla_merge(shape, arch)
+        return _mla_schedule(shape, arch), _mla_partial(shape, arch), _mla_merge(shape, arch)
     if arch == "sm_90a" and _hopper_gqa(shape):
         return _gqa_schedule(shape, arch), _gqa_partial(shape, arch)
     return _partial(shape, arch), _merge(shape, arch)
@@ -64,57 +71,84 @@ def reduce(members: int, hidden: int, eps: float, bias: bool, dtype: Dtype, arch
 
 def _hopper_mla(shape: AttentionShape) -> bool:
     dims = (shape.head_dim, shape.partial_dim) == (576, 512)
-    return (
-        _all_bfloat16(shape) and shape.is_mla and dims and shape.heads in (16, 32, 64, 128) and shape.block in (32, 64)
-    )
+    sizes = shape.heads in (16, 32, 64, 128) and shape.query_tokens in (1, 2, 3, 4) and shape.block in (32, 64)
+    cached = shape.dtype == "bfloat16" and shape.kv_dtype in ("bfloat16", "float8_e4m3fn")
+    return cached and shape.is_mla and dims and sizes
 
 
 def _hopper_gqa(shape: AttentionShape) -> bool:
-    pages = shape.block % 64 == 0 or shape.block in (16, 32)  # boxes of the copy engine that fill a tile of 64 tokens
-    return _all_bfloat16(shape) and not shape.is_mla and shape.head_dim in (64, 128) and shape.group <= 16 and pages
+    fp8 = shape.kv_dtype == "float8_e4m3fn"
+    tile = 128 if fp8 else 64  # tokens: pages of 16 and more whose boxes of the copy engine fill it, or parts of pages
+    pages = shape.block % tile == 0 or shape.block in (16, 32, 64)
+    dtypes = _all_bfloat16(shape) or (fp8 and shape.dtype == "bfloat16")
+    queries = shape.group * shape.query_tokens
+    return dtypes and not shape.is_mla and shape.head_dim in (64, 128) and queries <= 16 and pages
 
 
 def _all_bfloat16(shape: AttentionShape) -> bool:
     return shape.dtype == shape.kv_dtype == "bfloat16"
 
 
-def _mla_schedule(arch: str) -> KernelSpec:
-    return KernelSpec("mla_schedule", "mla_schedule", (), arch)
+def _mla_schedule(shape: AttentionShape, arch: str) -> KernelSpec:
+    tokens = _row_tokens(shape)
+    return KernelSpec("mla_schedule" + _several(tokens), "mla_schedule", (("row_tokens", tokens),), arch)
 
 
 def _mla_partial(shape: AttentionShape, arch: str) -> KernelSpec:
-    params: Params = (*_heads(shape), ("partial_dim", shape.partial_dim), ("scale", shape.scale))
-    return KernelSpec(f"mla_partial_h{shape.heads}_b{shape.block}", "mla_partial", params, arch)
+    tokens: Params = (("query_tokens", shape.query_tokens), ("row_tokens", _row_tokens(shape)))
+    params: Params = (*_heads(shape), ("partial_dim", shape.partial_dim), ("scale", shape.scale), *tokens)
+    template = "mla_partial" if shape.kv_dtype == "bfloat16" else "mla_fp8_partial"
+    name = f"{template}_h{shape.heads}{_several(shape.query_tokens)}_b{shape.block}"
+    return KernelSpec(name, template, params, arch)
 
 
 def _mla_merge(shape: AttentionShape, arch: str) -> KernelSpec:
-    params: Params = (("heads", shape.heads), ("partial_dim", shape.partial_dim))
-    return KernelSpec(f"mla_merge_h{shape.heads}", "mla_merge", params, arch)
+    tokens = _row_tokens(shape)
+    params: Params = (("heads", shape.heads), ("partial_dim", shape.partial_dim), ("row_tokens", tokens))
+    return KernelSpec(f"mla_merge_h{shape.heads}{_several(tokens)}", "mla_merge", params, arch)
+
+
+def _row_tokens(shape: AttentionShape) -> int:
+    """Query tokens that are one row of the schedule: as many, a divisor of all, as have 128 heads in one cluster."""
+    return max(n for n in range(1, shape.query_tokens + 1) if shape.query_tokens % n == 0 and shape.heads * n <= 128)
 
 
 def _gqa_schedule(shape: AttentionShape, arch: str) -> KernelSpec:
-    return KernelSpec(f"gqa_schedule_{_gqa_dims(shape)}", "gqa_schedule", _heads(shape), arch)
+    params: Params = (*_heads(shape), ("query_tokens", shape.query_tokens))
+    return KernelSpec(f"gqa_schedule_{_gqa_dims(shape)}", "gqa_schedule", params, arch)
 
 
 def _gqa_partial(shape: AttentionShape, arch: str) -> KernelSpec:
-    params: Params = (*_heads(shape), ("partial_dim", shape.partial_dim), ("scale", shape.scale))
+    params: Params = (
+        *_heads(shape),
+        ("query_tokens", shape.query_tokens),
+        ("partial_dim", shape.partial_dim),
+        ("scale", shape.scale),
+    )
     return KernelSpec(f"gqa_partial_{_gqa_dims(shape)}", "gqa_partial", params, arch)
 
 
 def _gqa_dims(shape: AttentionShape) -> str:
-    return f"h{shape.heads}_kv{shape.kv_heads}_d{shape.head_dim}_b{shape.block}"
+    heads = f"h{shape.heads}_kv{shape.kv_heads}"
+    return f"{heads}_d{shape.head_dim}_b{shape.block}{_cached(shape)}{_several(shape.query_tokens)}"
 
 
 def _append(shape: AttentionShape, arch: str) -> KernelSpec:
     dims = _dims(shape, f"d{shape.head_dim}_r{shape.rope_dim}")
-    params: Params = (*_heads(shape), ("rope_dim", shape.rope_dim), ("interleaved", shape.interleaved))
-    return KernelSpec(f"append_{dims}", "append", params, arch)
+    rope: Params = (("rope_dim", shape.rope_dim), ("interleaved", shape.interleaved))
+    norm: Params = (("qk_norm", shape.qk_norm), ("norm_eps", shape.norm_eps))
+    return KernelSpec(f"append_{dims}", "append", (*_heads(shape), *rope, *norm), arch)
 
 
 def _partial(shape: AttentionShape, arch: str) -> KernelSpec:
     dims = _dims(shape, f"d{shape.head_dim}")
-    params: Params = (*_heads(shape), ("partial_dim", shape.partial_dim), ("scale", shape.scale))
-    return KernelSpec(f"partial_{dims}", "partial", params, arch)
+    params: Params = (
+        *_heads(shape),
+        ("partial_dim", shape.partial_dim),
+        ("query_tokens", shape.query_tokens),
+        ("scale", shape.scale),
+    )
+    return KernelSpec(f"partial_{dims}{_several(shape.query_tokens)}", "partial", params, arch)
 
 
 def _merge(shape: AttentionShape, arch: str) -> KernelSpec:
@@ -142,5 +176,14 @@ def _heads(shape: AttentionShape) -> Params:
 def _dims(shape: AttentionShape, widths: str) -> str:
     """The part of a name that says heads, widths, block and dtypes, such as mla_h64_d576_b32_bf16."""
     heads = f"mla_h{shape.heads}" if shape.is_mla else f"gqa_h{shape.heads}_kv{shape.kv_heads}"
-    cached = "" if shape.kv_dtype == shape.dtype else f"_kv{_SHORT[shape.kv_dtype]}"
-    return f"{heads}_{widths}_b{shape.block}_{_SHORT[shape.dtype]}{cached}"
+    return f"{heads}_{widths}_b{shape.block}_{_SHORT[shape.dtype]}{_cached(shape)}"
+
+
+def _cached(shape: AttentionShape) -> str:
+    """The part of a name that says the cache's dtype, if it has its own."""
+    return "" if shape.kv_dtype == shape.dtype else f"_kv{_SHORT[shape.kv_dtype]}"
+
+
+def _several(tokens: int) -> str:
+    """The part of a name that says how many query tokens, if several."""
+    return "" if tokens == 1 else f"_q{tokens}"

@@ -43,14 +43,13 @@ def _work(plan: Plan, instance: Instance, rank: Rank, kernel: Kernel) -> tuple[i
     """(bytes, operations) of one launch."""
     arch, rows = plan.model.arch, instance.max_batch_size
     heads, kv_heads = (span[1] - span[0] for span in (rank.q_heads, rank.kv_heads))
-    size, kv_size = DTYPE_BYTES[plan.model.dtype], DTYPE_BYTES[plan.model.kv_dtype]
-    stored = kv_heads * arch.kv_width
+    size, stored = DTYPE_BYTES[plan.model.dtype], kv_heads * plan.model.kv_bytes
     if kernel.template == "append":
-        return rows * (2 * heads * arch.head_dim * size + stored * (size + kv_size)), 0
+        return rows * (2 * heads * arch.head_dim * size + kv_heads * arch.kv_width * size + stored), 0
     if kernel.template == "combine":
         partials = rows * (heads // instance.cp) * (arch.partial_dim * size + 4)
         return (instance.cp + 1) * partials, 0
-    if kernel.template not in ("partial", "mla_partial", "gqa_partial"):
+    if kernel.template not in ("partial", "mla_partial", "mla_fp8_partial", "gqa_partial"):
         return None
     tokens = rows * local_length(instance.max_seq_len, plan.tokens_per_block, instance.cp, rank.cp_rank)
-    return tokens * stored * kv_size, 2 * tokens * heads * (arch.head_dim + arch.partial_dim)
+    return tokens * stored, 2 * tokens * heads * (arch.head_dim + arch.partial_dim)

@@ -40,7 +40,7 @@ def verified(verdict: Verdict, plan: Plan) -> bool:
     Rounding of shorter types may flip a near tie, so there a different token is shown but allowed.
     """
     close = verdict.max_abs_logit_diff <= verdict.tolerance  # false for NaN
-    return close and (verdict.first_difference is None or plan.model.dtype != "float32")
+    return close and (verdict.first_difference is None or plan.model.rounds)
 
 
 def verdict_text(verdict: Verdict, plan: Plan) -> str:

@@ -11,10 +11,10 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from helixc.model.builtin import CONFIGS
-from helixc_runtime.manifest import DTYPE_BYTES, Dtype, Mla, ModelArch, Moe, Rope
+from helixc_runtime.manifest import Dtype, Mla, ModelArch, Moe, Rope
 
 Config = dict[str, Any]
 
@@ -56,8 +56,8 @@ def native_dtype(model: str) -> Dtype:
     """The dtype the weights are stored in, as config.json says; bfloat16 for built-in geometries and where unsaid."""
     config, _ = _config(model)
     name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    if name not in DTYPE_BYTES:
-        raise ModelError(f"dtype {name!r} is not supported", f"set `dtype:` to one of {', '.join(DTYPE_BYTES)}")
+    if name not in get_args(Dtype):
+        raise ModelError(f"dtype {name!r} is not supported", f"set `dtype:` to one of {', '.join(get_args(Dtype))}")
     return cast(Dtype, name)
 
 

@@ -57,9 +57,8 @@ def handoff(plan: Plan, source: Instance, target: Instance, moved: Iterable[Tran
     `moved`: the transfers of that prompt, one of `by_request`.
     """
     programs: dict[int, list[Op]] = {rank: [] for rank in (*source.ranks, *target.ranks)}
-    width = plan.model.arch.kv_width * DTYPE_BYTES[plan.model.kv_dtype]
     for t in moved:
-        size = (t.layers[1] - t.layers[0]) * (t.kv_heads[1] - t.kv_heads[0]) * width
+        size = (t.layers[1] - t.layers[0]) * (t.kv_heads[1] - t.kv_heads[0]) * plan.model.kv_bytes
         pair = (source.ranks[t.source], target.ranks[t.target])
         what = f"KV of layers {t.layers}, heads {t.kv_heads}, blocks of cp rank {t.cp_rank}"
         programs[pair[0]].append(Op("post", pair, size, what))

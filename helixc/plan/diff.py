@@ -241,11 +241,10 @@ def _kv(before: Plan, after: Plan, same_model: bool) -> KvChange:
     if same_model and before.model.kv_dtype == after.model.kv_dtype:
         shared = _shared_positions(before.tokens_per_block, instances[0].cp, after.tokens_per_block, instances[1].cp)
         then = {(r.node, r.device): r for r in ranks[0]}
-        width = after.model.arch.kv_width * DTYPE_BYTES[after.model.kv_dtype]
         for rank in ranks[1]:
             if was := then.get((rank.node, rank.device)):
                 common = _common(was.layers, rank.layers) * _common(was.kv_heads, rank.kv_heads)
-                kept += common * width * shared[was.cp_rank, rank.cp_rank]
+                kept += common * after.model.kv_bytes * shared[was.cp_rank, rank.cp_rank]
     return KvChange(stored[0], stored[1], stored[1] - kept)
 
 

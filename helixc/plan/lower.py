@@ -8,7 +8,7 @@ from pathlib import Path
 from helixc.model import is_builtin, native_dtype
 from helixc.plan.mapping import Mapping, stages
 from helixc.spec.spec import Hardware, RoleSpec, Spec
-from helixc_runtime.manifest import Model, ModelArch, Range, Role, local_length
+from helixc_runtime.manifest import Dtype, KvDtype, Model, ModelArch, Range, Role, local_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,19 @@ def lower(spec: Spec, arch: ModelArch) -> Deployment:
         load_format=spec.load_format,
         seed=spec.seed,
         dtype=dtype,
-        kv_dtype=dtype if spec.generation.kv_dtype == "auto" else spec.generation.kv_dtype,
+        kv_dtype=kv_dtype(spec.generation, dtype),
         arch=arch,
     )
     context = _layout("context", spec.context, arch) if spec.context else None
     generation = _layout("generation", spec.generation, arch)
     return Deployment(model, spec.generation.tokens_per_block, context, generation, spec.hardware)
+
+
+def kv_dtype(spec: RoleSpec, dtype: Dtype) -> KvDtype:
+    """The element type of the KV cache of a model of `dtype`."""
+    if spec.kv_dtype == "auto":
+        return dtype
+    return "float8_e4m3fn" if spec.kv_dtype == "fp8" else spec.kv_dtype
 
 
 def kv_tokens(batch: int, length: int, block: int, cp: int) -> int:

@@ -115,12 +115,13 @@ def rank_memory(
     kv: tuple[int, int],
 ) -> Memory:
     """What a rank with these pieces, layers and heads needs."""
-    arch = model.arch
     weights = elements(own) * DTYPE_BYTES[model.dtype]
-    per_token = (layers[1] - layers[0]) * (kv[1] - kv[0]) * arch.kv_width * DTYPE_BYTES[model.kv_dtype]
+    # A context instance keeps the KV of the prompt it is prefilling, unpaged; it is converted when it is sent.
+    context = layout.role == "context"
+    kv_bytes = model.arch.kv_bytes(model.dtype) if context else model.kv_bytes
+    per_token = (layers[1] - layers[0]) * (kv[1] - kv[0]) * kv_bytes
     workspace = _workspace(model, layout, q[1] - q[0])
-    # A context instance keeps the KV of the prompt it is prefilling, unpaged.
-    capacity = layout.kv_capacity if layout.role == "generation" else layout.max_seq_len
+    capacity = layout.max_seq_len if context else layout.kv_capacity
     return Memory(weights, per_token, capacity, workspace, weights + per_token * capacity + workspace)
 
 

@@ -42,7 +42,8 @@ def _model(model: Model) -> str:
         attention = f"GQA {heads} over {arch.num_kv_heads} KV heads of {arch.head_dim}"
     experts = f", {arch.moe.experts} experts (top {arch.moe.top_k})" if arch.moe else ""
     weights = "random weights" if model.load_format == "dummy" else f"weights from {model.checkpoint}"
-    return f"{model.name}: {arch.num_layers} layers, {attention}{experts}; {model.dtype}, {weights}"
+    dtype = model.dtype if model.kv_dtype == model.dtype else f"{model.dtype}, KV {model.kv_dtype}"
+    return f"{model.name}: {arch.num_layers} layers, {attention}{experts}; {dtype}, {weights}"
 
 
 def _role(plan: Plan, instances: Sequence[Instance]) -> Iterator[str]:

@@ -10,8 +10,17 @@ MAX_SIZE = 65_536
 
 GpuName = Literal["h100", "h200", "b200", "gb200", "gb300"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+KvDtypeName = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Tokens = Annotated[int, Field(ge=1, le=2**40)]
+
+# Other names of the element types, in PyTorch and in other engines. FP8 as e5m2 is another type.
+DTYPE_ALIASES = {
+    **dict.fromkeys(("half", "fp16"), "float16"),
+    **dict.fromkeys(("float", "fp32"), "float32"),
+    **dict.fromkeys(("float8", "float8_e4m3", "float8_e4m3fn", "fp8_e4m3", "e4m3"), "fp8"),
+    "bf16": "bfloat16",
+}
 
 
 class Section(BaseModel):
@@ -35,7 +44,10 @@ class KvCacheConfig(Section):
     tokens_per_block: Size = Field(
         default=32, description="tokens of a KV page; the same as cp_config.tokens_per_block"
     )
-    dtype: DtypeName = Field(default="auto", description="element type of the cache; auto is the model's dtype")
+    dtype: KvDtypeName = Field(
+        default="auto",
+        description="element type of the cache; auto is the model's dtype, fp8 is e4m3 with a scale for 128 columns",
+    )
     max_tokens: Tokens | None = Field(
         default=None, description="KV tokens one rank holds; by default what memory allows"
     )

@@ -23,7 +23,7 @@ class RoleSpec:
     max_batch_size: int
     max_seq_len: int | None
     tokens_per_block: int
-    kv_dtype: Dtype | Literal["auto"]
+    kv_dtype: Dtype | Literal["auto", "fp8"]
     max_tokens: int | None  # KV tokens one rank holds
     free_gpu_memory_fraction: float
 

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from helixc.diagnostics import Diagnostic, Rule, closest, listed
 from helixc.spec import rules
-from helixc.spec.schema import Document
+from helixc.spec.schema import DTYPE_ALIASES, Document
 from helixc.spec.source import KeyPath, LineTable, Source
 
 _EXPECTED = {
@@ -97,7 +97,7 @@ def _meant(details: ErrorDetails) -> object:
     """The value of the right type that `input` looks like."""
     kind, value = details["type"], details["input"]
     if kind == "literal_error" and isinstance(value, str):
-        return closest(value, _choices(details)) or NOTHING
+        return _choice(value, _choices(details)) or NOTHING
     if kind == "bool_type" and isinstance(value, str):
         return _TRUTH_WORDS.get(value.lower(), NOTHING)
     if kind == "int_type" and isinstance(value, float) and math.isfinite(value) and value == int(value):
@@ -105,6 +105,14 @@ def _meant(details: ErrorDetails) -> object:
     if kind in ("int_type", "float_type") and isinstance(value, str):
         return _number(value.replace("_", "").replace(",", "").strip(), kind)
     return NOTHING
+
+
+def _choice(text: str, choices: list[str]) -> str | None:
+    """Another number is another thing: fp4 is no misspelt fp8, nor h20 an h200."""
+    if (name := DTYPE_ALIASES.get(text.lower().removeprefix("torch."))) in choices:
+        return name
+    digits = re.findall(r"\d+", text)
+    return closest(text, [c for c in choices if not digits or re.findall(r"\d+", c) == digits])
 
 
 def _number(text: str, kind: str) -> object:

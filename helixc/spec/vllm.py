@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from typing import get_args
 
 from helixc.diagnostics import one_line
+from helixc.spec.schema import DTYPE_ALIASES, DtypeName, KvDtypeName
 from helixc.spec.trtllm.known_models import builtin_like
 from helixc.spec.vllm_flags import DCP, DP, EP, INTERLEAVE, LEFT_OUT, PCP, PP, TP, Flags, parse
 
-_DTYPES = {"half": "float16", "float": "float32"}
-_OUR_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SUPPORTED = {"dtype": get_args(DtypeName), "kv-cache-dtype": get_args(KvDtypeName)}
 _WIDTH = 116
 
 
@@ -89,14 +90,12 @@ def _settings(flags: Flags) -> Iterator[str]:
     for key, ours in (("max-model-len", "max_seq_len"), ("max-num-seqs", "max_batch_size"), ("seed", "seed")):
         if key in flags.sizes:
             yield f"{ours}: {flags.sizes[key]}"
-    dtype = _DTYPES.get(flags.texts.get("dtype", ""), flags.texts.get("dtype"))
-    if dtype in _OUR_DTYPES:
+    if "dtype" in flags.texts and (dtype := _dtype(flags, "dtype")):
         yield f"dtype: {dtype}"
 
 
 def _block(flags: Flags) -> Iterator[str]:
     interleave, page = flags.sizes.get(INTERLEAVE, 1), flags.sizes.get("block-size")
-    dtype = _DTYPES.get(flags.texts.get("kv-cache-dtype", "auto"), flags.texts.get("kv-cache-dtype", "auto"))
     inner = []
     if interleave > 1 or page is not None:
         yield ""
@@ -105,7 +104,7 @@ def _block(flags: Flags) -> Iterator[str]:
             f" for each (--block-size {page or 'by default'}, --{INTERLEAVE} {interleave})."
         )
         inner.append(f"tokens_per_block: {interleave if interleave > 1 else page}")
-    if dtype in _OUR_DTYPES[1:]:
+    if (dtype := _dtype(flags, "kv-cache-dtype")) not in (None, "auto"):
         inner.append(f"dtype: {dtype}")
     fraction = flags.texts.get("gpu-memory-utilization")
     if fraction is not None and re.fullmatch(r"0?\.\d+|1(?:\.0*)?", fraction):
@@ -116,6 +115,13 @@ def _block(flags: Flags) -> Iterator[str]:
         yield f"kv_cache_config: {{{', '.join(inner)}}}"
 
 
+def _dtype(flags: Flags, key: str) -> str | None:
+    """The element type that flag `key` asks for, auto if it is not given; None if there are no kernels for it."""
+    written = flags.texts.get(key, "auto")
+    name = DTYPE_ALIASES.get(written, written)
+    return name if name in _SUPPORTED[key] else None
+
+
 def _left_out(flags: Flags) -> Iterator[str]:
     reasons = {key: LEFT_OUT[key] for key in (*flags.texts, *flags.switches) if key in LEFT_OUT}
     if flags.size(PCP) > 1:
@@ -124,10 +130,9 @@ def _left_out(flags: Flags) -> Iterator[str]:
         reasons[DP] = "read as instances, or with experts as attention data parallelism"
         if EP in flags.switches and flags.size(TP) > 1:
             reasons[EP] = f"the experts of one instance span its {flags.size(TP)} ranks, not those of all"
-    for key in ("dtype", "kv-cache-dtype"):
-        value = flags.texts.get(key, "auto")
-        if _DTYPES.get(value, value) not in _OUR_DTYPES:
-            reasons[key] = f"helixc has no kernels for {value}; this is planned in the model's dtype"
+    for key in _SUPPORTED:
+        if _dtype(flags, key) is None:
+            reasons[key] = f"helixc has no kernels for {flags.texts[key]}; this is planned in the model's dtype"
     if "quantization" in flags.texts:
         reasons["quantization"] = "helixc has no kernels for quantised weights"
     if reasons:

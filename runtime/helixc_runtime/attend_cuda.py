@@ -19,17 +19,18 @@ from helixc_runtime.tensor_map import TensorMap, TensorMaps
 
 # The launch arguments of each template, in order.
 ARGUMENTS: dict[str, tuple[str, ...]] = {
-    "partial": ("pointer",) * 7 + ("int32",),
+    "partial": ("pointer",) * 9 + ("int32",),
     "merge": ("pointer",) * 4 + ("int32", "int32"),
     "mla_schedule": ("pointer",) * 4 + ("int32", "int32"),
-    "mla_partial": ("map",) * 3 + ("pointer",) * 6 + ("int32",),
+    "mla_partial": ("map",) * 3 + ("pointer",) * 6 + ("int32", "pointer"),
+    "mla_fp8_partial": ("map",) * 3 + ("pointer",) * 6 + ("int32", "pointer", "pointer"),
     "mla_merge": ("pointer",) * 6,
     "gqa_schedule": ("pointer",) * 3 + ("int32", "int32"),
-    "gqa_partial": ("map",) * 2 + ("pointer",) * 8 + ("int32", "int32"),
+    "gqa_partial": ("map",) * 2 + ("pointer",) * 8 + ("int32", "int32", "pointer", "pointer"),
 }
 # Launched before their predecessor has ended (programmatic dependent launch). Until they wait for it they read what is
 # older: the schedule, the page table and all but the newest tokens. So another kernel must lie in between.
-EARLY = frozenset({"mla_partial", "mla_merge", "gqa_partial"})
+EARLY = frozenset({"mla_partial", "mla_fp8_partial", "mla_merge", "gqa_partial"})
 
 _WARP = 32
 _WAVES = 2  # thread blocks of the portable partial kernel to aim for, per multiprocessor
@@ -56,8 +57,9 @@ def make_attend(
     """The way that the kernels at hand, by template, allow. Raises ValueError if none is whole."""
     chosen = {template: (kernel, loaded[kernel.name]) for template, kernel in kernels.items()}
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    if {"mla_schedule", "mla_partial", "mla_merge"} <= chosen.keys():
-        return HopperMla(shape, chosen, processors, device)
+    for template, attend in (("mla_partial", HopperMla), ("mla_fp8_partial", HopperMlaFp8)):
+        if {"mla_schedule", template, "mla_merge"} <= chosen.keys():
+            return attend(shape, chosen[template], chosen, processors, device)
     if {"gqa_schedule", "gqa_partial"} <= chosen.keys():
         return HopperGqa(shape, chosen, processors, device)
     if {"partial", "merge"} <= chosen.keys():
@@ -77,16 +79,16 @@ class Portable:
         """Nothing: the splits follow from the shapes."""
 
     def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> None:
-        rows, max_pages = batch.page_table.shape
+        queries, max_pages = len(q), batch.page_table.shape[1]
         tiles = self.shape.kv_heads * -(-self.shape.group // int(self.partial_kernel.params["head_tile"]))
         token_tile = int(self.partial_kernel.params["token_tile"])
-        splits = self._splits(rows * tiles, max_pages * self.shape.block, token_tile)
-        size = (splits, rows, self.shape.heads)
+        splits = self._splits(queries * tiles, max_pages * self.shape.block, token_tile)
+        size = (splits, queries, self.shape.heads)
         o = torch.empty(*size, self.shape.partial_dim, dtype=torch.float32, device=self.device)
         lse = torch.empty(*size, dtype=torch.float32, device=self.device)
-        pointers = (o, lse, q, cache.k, cache.v, batch.page_table, batch.lengths)
-        self.partial.launch((tiles, rows, splits), *map(address, pointers), max_pages)
-        count = rows * self.shape.heads
+        pointers = (o, lse, q, cache.k, cache.v, cache.k_scale, cache.v_scale, batch.page_table, batch.lengths)
+        self.partial.launch((tiles, queries, splits), *map(address, pointers), max_pages)
+        count = queries * self.shape.heads
         per_block = int(self.merge_kernel.params["threads"]) // _WARP
         blocks = (-(-count // per_block), 1, 1)
         self.merge.launch(blocks, *map(address, (out.o, out.lse, o, lse)), splits, count)
@@ -98,19 +100,31 @@ class Portable:
 
 
 class HopperMla:
-    """templates/kernels/mla_*: workers of one thread block, or of two that share every tile, and one merge."""
+    """templates/kernels/mla_*: workers of one thread block, or of two that share every tile, and one merge.
+
+    A row here is `row_tokens` query tokens of one of the batch's rows, and their heads its queries.
+    """
 
     MERGE_BLOCKS = 264  # two a multiprocessor of an H100
 
-    def __init__(self, shape: AttentionShape, chosen: Chosen, processors: int, device: torch.device) -> None:
-        kernel, self.partial = chosen["mla_partial"]
+    def __init__(
+        self,
+        shape: AttentionShape,
+        partial: tuple[Kernel, LoadedKernel],
+        chosen: Chosen,
+        processors: int,
+        device: torch.device,
+    ) -> None:
+        self.kernel, self.partial = partial
         self.schedule, self.merge = chosen["mla_schedule"][1], chosen["mla_merge"][1]
+        self.row_tokens = int(self.kernel.params["row_tokens"])
+        self.queries = shape.heads * self.row_tokens
         self.shape, self.device = shape, device
-        self.cluster = int(kernel.params["cluster"])
+        self.cluster = int(self.kernel.params["cluster"])
         self.workers = processors // self.cluster
         self.split = torch.zeros(self.workers, 4, dtype=torch.int32, device=device)
         self.split_count = torch.zeros(1, dtype=torch.int32, device=device)
-        size = (2 * self.workers, shape.heads)
+        size = (2 * self.workers, self.queries)
         self.part_o = torch.empty(*size, shape.partial_dim, dtype=torch.bfloat16, device=device)
         self.part_lse = torch.empty(*size, dtype=torch.float32, device=device)
         self.segments: dict[int, Tensor] = {}  # by number of rows
@@ -118,24 +132,36 @@ class HopperMla:
         self.marker = torch.zeros(1, device=device)
 
     def begin_step(self, batch: DecodeBatch) -> None:
-        rows = len(batch.lengths)
+        rows = len(batch.lengths) // self.row_tokens
         pointers = (self._segments(rows), self.split, self.split_count, batch.lengths)
         self.schedule.launch((1, 1, 1), *map(address, pointers), rows, self.workers)
         self.marker.add_(1)  # see EARLY
 
     def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> None:
-        rows, max_pages = batch.page_table.shape
-        heads = self.shape.heads
-        # 8 rows of 9 chunks of 64 columns are the unit: what one swizzled matrix of the tensor cores holds.
-        q_map = self.maps.get(q, (64, 8, 9, heads // 8, rows), (1152, 128, 9216, heads * 1152), (64, 8, 9, 8, 1))
-        dims, strides = (64, 8, 9, cache.k.shape[0] * self.shape.block // 8), (1152, 128, 9216)
-        kv_map, rotary_map = (self.maps.get(cache.k, dims, strides, (64, 8, chunks, 4)) for chunks in (2, 1))
-        table, segments = batch.page_table, self._segments(rows)
-        pointers = (out.o, out.lse, self.part_o, self.part_lse, table, segments)
+        rows = len(batch.lengths) // self.row_tokens
+        pointers = (out.o, out.lse, self.part_o, self.part_lse, batch.page_table, self._segments(rows))
         grid = (self.workers * self.cluster, 1, 1)
-        self.partial.launch(grid, q_map, kv_map, rotary_map, *map(address, pointers), max_pages)
+        maps, more = self._maps(q, rows, cache), self._more(cache, batch)
+        self.partial.launch(grid, *maps, *map(address, pointers), batch.page_table.shape[1], *map(address, more))
         pointers = (out.o, out.lse, self.part_o, self.part_lse, self.split, self.split_count)
         self.merge.launch((self.MERGE_BLOCKS, 1, 1), *map(address, pointers))
+
+    # 8 queries, or tokens, by 64 columns are the unit: what one swizzled matrix of the tensor cores holds.
+
+    def _maps(self, q: Tensor, rows: int, cache: LayerCache) -> tuple[TensorMap, TensorMap, TensorMap]:
+        """Of the queries, the latent columns and the rotary columns."""
+        dims, strides = (64, 8, 9, cache.k.shape[0] * self.shape.block // 8), (1152, 128, 9216)
+        kv_map, rotary_map = (self.maps.get(cache.k, dims, strides, (64, 8, chunks, 4)) for chunks in (2, 1))
+        return self._q_map(q, rows, 8), kv_map, rotary_map
+
+    def _q_map(self, q: Tensor, rows: int, groups: int) -> TensorMap:
+        """`groups`: eights of queries that a thread block fetches; those beyond the row's are zeros."""
+        dims, strides = (64, 8, 9, self.queries // 8, rows), (1152, 128, 9216, self.queries * 1152)
+        return self.maps.get(q, dims, strides, (64, 8, 9, groups, 1))
+
+    def _more(self, cache: LayerCache, batch: DecodeBatch) -> tuple[Tensor | None, ...]:
+        """The launch's last arguments."""
+        return (batch.lengths,)
 
     def _segments(self, rows: int) -> Tensor:
         """A buffer a batch size: captured graphs keep theirs."""
@@ -143,6 +169,20 @@ class HopperMla:
             size = (rows + 2 * self.workers, 8)
             self.segments[rows] = torch.zeros(size, dtype=torch.int32, device=self.device)
         return self.segments[rows]
+
+
+class HopperMlaFp8(HopperMla):
+    """The same over an FP8 cache."""
+
+    def _maps(self, q: Tensor, rows: int, cache: LayerCache) -> tuple[TensorMap, TensorMap, TensorMap]:
+        groups = cache.k.shape[0] * self.shape.block // 8
+        # The maps' elements have 2 bytes.
+        latent = self.maps.get(cache.k, (64, 8, 4, groups), (576, 128, 4608), (64, 8, 4, 4))
+        rotary = self.maps.get(cache.k[..., 512:], (32, 8, 1, groups), (576, 64, 4608), (32, 8, 1, 4))
+        return self._q_map(q, rows, int(self.kernel.params["width"]) // 8), latent, rotary
+
+    def _more(self, cache: LayerCache, batch: DecodeBatch) -> tuple[Tensor | None, ...]:
+        return batch.lengths, cache.k_scale
 
 
 class HopperGqa:
@@ -157,7 +197,7 @@ class HopperGqa:
         self.tile = int(kernel.params["token_tile"])
         self.plan = torch.zeros(self.blocks, self.SCHEDULE_WORDS, dtype=torch.int32, device=device)
         # Parts to merge; the kernel leaves them as it found them, full of -0.0.
-        size = (2 * self.blocks, shape.group)
+        size = (2 * self.blocks, shape.group * shape.query_tokens)
         self.part_o = torch.full((*size, shape.head_dim), -0.0, device=device)
         self.part_lse = torch.full((*size, shape.head_dim // 4), -0.0, device=device)
         self.maps = TensorMaps()
@@ -174,12 +214,16 @@ class HopperGqa:
         assert cache.v is not None
         maps = (self._map(cache.k), self._map(cache.v))
         pointers = (out.o, out.lse, self.part_o, self.part_lse, q, batch.page_table, batch.lengths, self.plan)
-        self.partial.launch((self.blocks, 1, 1), *maps, *map(address, pointers), rows, max_pages)
+        scales = map(address, (cache.k_scale, cache.v_scale))
+        self.partial.launch((self.blocks, 1, 1), *maps, *map(address, pointers), rows, max_pages, *scales)
 
     def _map(self, pages: Tensor) -> TensorMap:
+        """A token's elements as lines of 128 bytes, one or two, or as half of one; the map's elements have 2 bytes."""
         count, heads, block, dim = pages.shape
-        dims, strides = (64, block, dim // 64, count * heads), (dim * 2, 128, block * dim * 2)
-        return self.maps.get(pages, dims, strides, (64, min(block, self.tile), dim // 64, 1))
+        size = dim * pages.element_size()
+        tokens, width = (1, size) if size >= 128 else (128 // size, 128)  # of a line; bytes of one row of lines
+        dims, strides = (64, block // tokens, width // 128, count * heads), (width, 128, block * size)
+        return self.maps.get(pages, dims, strides, (64, min(block, self.tile) // tokens, width // 128, 1))
 
 
 def address(tensor: Tensor | None) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from helixc_runtime.manifest import Dtype, KvDtype, Model, Range, Rank, scale_groups
 
+LATENT_NORM_EPS = 1e-6  # of q_a and kv_a norms: fixed in the published models, whatever rms_norm_eps says
 MAX_SPLITS = 64  # split-KV partials of one row, of the portable kernels
 MAX_PROCESSORS = 148  # multiprocessors of the largest GPU: Hopper's kernels cut no row into more
 
@@ -29,12 +30,16 @@ class AttentionShape:
     dtype: Dtype
     kv_dtype: KvDtype
     query_tokens: int = 1  # new tokens a row attends with at once
+    qk_norm: bool = False  # GQA: an RMSNorm of each query and key head. MLA always norms its latent
+    norm_eps: float = 1e-6  # of that norm
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads do not divide among {self.kv_heads} KV heads")
         if self.is_mla and self.kv_heads != 1:
             raise ValueError(f"MLA has one latent KV head, got {self.kv_heads}")
+        if self.is_mla and self.qk_norm:
+            raise ValueError("MLA has no q/k norms")
         if self.rope_dim % 2 or self.rope_dim > self.head_dim or self.partial_dim > self.head_dim:
             raise ValueError(f"rope_dim {self.rope_dim}, partial_dim {self.partial_dim}, head_dim {self.head_dim}")
 
@@ -72,4 +77,6 @@ def shape_of_heads(model: Model, q_heads: Range, kv_heads: Range, block: int) ->
         block=block,
         dtype=model.dtype,
         kv_dtype=model.kv_dtype,
+        qk_norm=arch.qk_norm,
+        norm_eps=LATENT_NORM_EPS if arch.mla else arch.norm_eps,
     )

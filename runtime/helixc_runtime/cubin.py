@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_CTYPES: dict[str, Any] = {"pointer": ctypes.c_uint64, "int32": ctypes.c_int32, "map": ctypes.c_uint8 * 128}
+_FORMATS = {"pointer": "Q", "int32": "i"}  # of struct; a "map" is passed where it lies
 _STATIC_SHARED = 48 * 1024  # bytes a thread block may have without asking
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
 
 class CubinError(RuntimeError):
@@ -36,12 +38,35 @@ def check_arch(arches: Sequence[str], device: torch.device) -> str:
     )
 
 
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h, its union as words."""
+
+    _fields_ = (("id", ctypes.c_uint32), ("pad", ctypes.c_uint32), ("value", ctypes.c_uint32 * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h. cuda-bindings has one too, but filling it takes longer than the launch."""
+
+    _fields_ = (
+        ("grid_x", ctypes.c_uint32),
+        ("grid_y", ctypes.c_uint32),
+        ("grid_z", ctypes.c_uint32),
+        ("block_x", ctypes.c_uint32),
+        ("block_y", ctypes.c_uint32),
+        ("block_z", ctypes.c_uint32),
+        ("shared_bytes", ctypes.c_uint32),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint32),
+    )
+
+
 class LoadedKernel:
     """One kernel of a loaded cubin, with an argument array that launches fill in place.
 
-    `arguments` names the type of each argument: "pointer", "int32" or "map" (a TensorMap). `shared` is the dynamic
-    shared memory of a thread block in bytes. `early`: the launch may start while the kernel before it still runs
-    (programmatic dependent launch); the kernel itself waits where it must. Not safe for concurrent launches of one
+    `arguments` names the type of each argument: "pointer", "int32" or "map" (a TensorMap); maps come first. `shared` is
+    the dynamic shared memory of a thread block in bytes. `early`: the launch may start while the kernel before it still
+    runs (programmatic dependent launch); the kernel itself waits where it must. Not safe for concurrent launches of one
     object.
     """
 
@@ -60,53 +85,85 @@ class LoadedKernel:
             from cuda.bindings import driver
         except ImportError as error:
             raise CubinError(f"launching kernels needs cuda-bindings ({error}): pip install cuda-bindings") from error
-        self._driver, self._name, self._device = driver, name, device
+        self.name = name
+        self._driver = driver
+        self._device = torch.cuda.current_device() if device.index is None else device.index
         torch.cuda.synchronize(device)  # makes torch's context exist
         with torch.cuda.device(device):
             library = self._check(driver.cuLibraryLoadData(path.read_bytes(), [], [], 0, [], [], 0), path)
             kernel = self._check(driver.cuLibraryGetKernel(library, name.encode()), path)
-            self._function = self._check(driver.cuKernelGetFunction(kernel), path)
+            function = self._check(driver.cuKernelGetFunction(kernel), path)
             if shared > _STATIC_SHARED:
                 attributes = driver.CUfunction_attribute
                 most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                self._check(driver.cuFuncSetAttribute(self._function, most, shared), path)
-        self._slots = [_CTYPES[kind]() for kind in arguments]
-        self._array = (ctypes.c_void_p * len(self._slots))(*[ctypes.addressof(slot) for slot in self._slots])
-        self._config = self._launch_config(threads, shared, early)
+                self._check(driver.cuFuncSetAttribute(function, most, shared), path)
+        self._function = int(function)
+        self._arguments = _Arguments(name, arguments)
+        self._config = _launch_config(threads, shared, early)
+        self._config_address = ctypes.addressof(self._config)
+        self._launch = _driver_library().cuLaunchKernelEx
+        self._launch.argtypes = (ctypes.c_void_p,) * 4
+        # What torch.cuda.current_stream looks up, without the object around it: Triton and Inductor launch this way.
+        self._stream_of = torch._C._cuda_getCurrentRawStream
 
     def launch(self, grid: tuple[int, int, int], *values: int | ctypes.Array[ctypes.c_uint8]) -> None:
         """Enqueue one launch with `values` (device addresses, int32s, tensor maps) on torch's current stream."""
-        assert len(values) == len(self._slots), f"{self._name} takes {len(self._slots)} arguments, got {len(values)}"
-        for slot, value in zip(self._slots, values, strict=True):
-            if isinstance(value, int):
-                slot.value = value
-            else:
-                ctypes.memmove(slot, value, len(value))
         config = self._config
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.grid_x, config.grid_y, config.grid_z = grid
         # Read at every launch: under CUDA-graph capture the current stream is another one.
-        config.hStream = self._driver.CUstream(torch.cuda.current_stream(self._device).cuda_stream)
-        with torch.cuda.device(self._device):
-            result = self._driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(self._array), 0)
-        self._check(result, f"launching {self._name} with grid {grid}")
-
-    def _launch_config(self, threads: int, shared: int, early: bool) -> Any:
-        config = self._driver.CUlaunchConfig()
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = shared
-        attributes = []
-        if early:
-            attribute = self._driver.CUlaunchAttribute()
-            attribute.id = self._driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            attributes.append(attribute)
-            config.attrs = attributes
-        config.numAttrs = len(attributes)
-        self._attributes = attributes  # the config refers to them
-        return config
+        config.stream = self._stream_of(self._device)
+        array = self._arguments.fill(values)
+        if torch.cuda.current_device() == self._device:
+            status = self._launch(self._config_address, self._function, array, None)
+        else:
+            with torch.cuda.device(self._device):
+                status = self._launch(self._config_address, self._function, array, None)
+        if status:
+            self._check((self._driver.CUresult(status),), f"launching {self.name} with grid {grid}")
 
     def _check(self, result: tuple[Any, ...], what: object) -> Any:
         error, *values = result
         if error != self._driver.CUresult.CUDA_SUCCESS:
             raise CubinError(f"{what}: the CUDA driver says {error.name}")
         return values[0] if values else None
+
+
+class _Arguments:
+    """A kernel's arguments in memory, and the array of their addresses that the driver reads."""
+
+    def __init__(self, kernel: str, kinds: Sequence[str]) -> None:
+        self._kernel, self._count, self._maps = kernel, len(kinds), kinds.count("map")
+        scalars = kinds[self._maps :]
+        assert "map" not in scalars, "maps come first"
+        layout = "".join(_FORMATS[kind] for kind in scalars)
+        self._pack = struct.Struct(f"@{layout}").pack_into
+        self._memory = ctypes.create_string_buffer(max(1, struct.calcsize(f"@{layout}")))
+        ends = [struct.calcsize(f"@{layout[: i + 1]}") for i in range(len(layout))]
+        start = ctypes.addressof(self._memory)
+        places = [start + end - struct.calcsize(kind) for end, kind in zip(ends, layout, strict=True)]
+        self._array = (ctypes.c_void_p * self._count)(*[None] * self._maps, *places)
+        self._address = ctypes.addressof(self._array)
+
+    def fill(self, values: Sequence[Any]) -> int:
+        """Store one launch's values; the array's address. The maps must live until the launch is enqueued."""
+        assert len(values) == self._count, f"{self._kernel} takes {self._count} arguments, got {len(values)}"
+        for i in range(self._maps):
+            self._array[i] = ctypes.addressof(values[i])
+        self._pack(self._memory, 0, *values[self._maps :])
+        return self._address
+
+
+def _launch_config(threads: int, shared: int, early: bool) -> _LaunchConfig:
+    """All but the grid and the stream, which are a launch's own."""
+    config = _LaunchConfig(block_x=threads, block_y=1, block_z=1, shared_bytes=shared)
+    if early:
+        attribute = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION)
+        attribute.value[0] = 1
+        config.attributes = ctypes.pointer(attribute)
+        config.attribute_count = 1
+    return config
+
+
+def _driver_library() -> ctypes.CDLL:
+    """The driver that torch and cuda-bindings have loaded."""
+    return ctypes.CDLL("libcuda.so.1")

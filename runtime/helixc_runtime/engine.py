@@ -15,18 +15,20 @@ from torch import Tensor
 
 from helixc_runtime.artifact import Artifact, load
 from helixc_runtime.attention_shape import attention_shape
+from helixc_runtime.checked_ops import CheckedOps
 from helixc_runtime.comm import Comm, Connection, TorchComm, connect
 from helixc_runtime.events import Emitter
 from helixc_runtime.handoff import DistTransport, Sending, outgoing, pack, receive
 from helixc_runtime.job import Job, Request
 from helixc_runtime.kv import KvCache, Row, pages_needed
-from helixc_runtime.manifest import DTYPE_BYTES, Instance, Plan, Rank
+from helixc_runtime.manifest import Instance, Plan, Rank
 from helixc_runtime.models.decoder import Decoder
 from helixc_runtime.ops import Ops
 from helixc_runtime.ops_torch import TorchOps
 from helixc_runtime.sampling import finish_reason, sample, seed_of
 from helixc_runtime.scheduler import Scheduler, assigned, attends, new_row
 from helixc_runtime.step import DecodeStep, RowInput, StepResult
+from helixc_runtime.switches import read_switches
 from helixc_runtime.weights import load_weights
 
 # Collectives wait this long. A rank that dies closes its connections at once and one that hangs misses its
@@ -114,7 +116,12 @@ def load_decoder(plan: Plan, rank: Rank, comm: Comm, device: torch.device, emit:
 
 
 def make_ops(artifact: Artifact, rank: Rank, device: torch.device, emit: Emitter) -> Ops:
-    """The fused operations: the artifact's cubins on a GPU, torch on the CPU."""
+    """The fused operations: the artifact's cubins on a GPU, torch on the CPU. HELIXC_CHECK_NAN=1 checks either."""
+    ops = _device_ops(artifact, rank, device, emit)
+    return CheckedOps(ops, rank.rank, rank.layers[0]) if read_switches().check_nan else ops
+
+
+def _device_ops(artifact: Artifact, rank: Rank, device: torch.device, emit: Emitter) -> Ops:
     shape = attention_shape(artifact.plan.model, rank, artifact.plan.tokens_per_block)
     if device.type == "cpu":
         return TorchOps(shape)
@@ -147,7 +154,7 @@ def serve_context(session: Session) -> None:
             for transfer, target in outgoing(session.plan, session.rank, request):
                 message = pack(session.plan, session.rank, request, transfer, cached)
                 under_way.append(transport.isend(message, target, request.index))
-                moved += message.numel() * DTYPE_BYTES[session.plan.model.kv_dtype]
+                moved += message.nbytes
             session.emit.emit("handoff", request=request.index, bytes=moved)
     for sending in under_way:
         sending.wait()

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from helixc_runtime import quantize
 from helixc_runtime.job import Request
 from helixc_runtime.kv import KvCache, Row
-from helixc_runtime.manifest import Model, Plan, Rank, Transfer, local_length, owner
+from helixc_runtime.manifest import Model, Plan, Rank, Transfer, local_length, owner, scale_groups
 from helixc_runtime.scheduler import attends, serving
 
 
@@ -90,15 +91,17 @@ def _tokens(plan: Plan, request: Request, t: Transfer) -> int:
 
 
 def pack(plan: Plan, rank: Rank, request: Request, t: Transfer, cached: list[Tensor]) -> Tensor:
-    """The bytes of one message: [layers, *kv of the owned positions], from the KV of context rank `rank`'s layers."""
+    """One message: [layers, *kv of the owned positions], from the KV of context rank `rank`'s layers, as it is cached.
+
+    An FP8 cache is sent as it is stored, elements and scales of each vector, so that both sides name the same bytes.
+    """
     cp, length = serving(plan, "generation", request).cp, len(request.token_ids)
     positions = torch.arange(length, device=cached[0].device)
     own = positions[owner(positions, plan.tokens_per_block, cp) == t.cp_rank]
-    layers = [cached[i - rank.layers[0]].to(getattr(torch, plan.model.kv_dtype)) for i in range(*t.layers)]
-    if plan.model.arch.mla:
-        return torch.stack([kv[own] for kv in layers])
+    layers = cached[t.layers[0] - rank.layers[0] : t.layers[1] - rank.layers[0]]
     heads = slice(t.kv_heads[0] - rank.kv_heads[0], t.kv_heads[1] - rank.kv_heads[0])
-    return torch.stack([kv[:, heads, own] for kv in layers])
+    kv = torch.stack([kv[own] if plan.model.arch.mla else kv[:, heads, own] for kv in layers])
+    return quantize.pack(kv) if plan.model.kv_dtype == "float8_e4m3fn" else kv.to(getattr(torch, plan.model.kv_dtype))
 
 
 def receive(plan: Plan, rank: Rank, request: Request, row: Row, cache: KvCache, transport: Transport) -> None:
@@ -112,6 +115,8 @@ def receive(plan: Plan, rank: Rank, request: Request, row: Row, cache: KvCache, 
 
 def _empty(model: Model, t: Transfer, tokens: int, device: torch.device) -> Tensor:
     """An uninitialised message, shaped as `pack` makes it."""
-    layers, heads, dim = t.layers[1] - t.layers[0], t.kv_heads[1] - t.kv_heads[0], model.arch.head_dim
-    shape = (layers, tokens, dim) if model.arch.mla else (layers, 2, heads, tokens, dim)
-    return torch.empty(shape, dtype=getattr(torch, model.kv_dtype), device=device)
+    layers, heads = t.layers[1] - t.layers[0], t.kv_heads[1] - t.kv_heads[0]
+    groups = scale_groups(model.arch.head_dim, model.kv_dtype)
+    dtype, width = torch.uint8 if groups else getattr(torch, model.kv_dtype), model.arch.head_dim + groups
+    shape = (layers, tokens, width) if model.arch.mla else (layers, 2, heads, tokens, width)
+    return torch.empty(shape, dtype=dtype, device=device)

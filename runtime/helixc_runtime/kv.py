@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from helixc_runtime.manifest import Model, Rank, local_length, local_slot, owner
+from helixc_runtime.manifest import Model, Rank, local_length, local_slot, owner, scale_groups
 from helixc_runtime.models.rotary import Rotary
 from helixc_runtime.ops import DecodeBatch, LayerCache
+from helixc_runtime.quantize import unpack
 
 
 @dataclass(slots=True)
@@ -52,15 +53,20 @@ class KvCache:
     def __init__(self, model: Model, rank: Rank, block: int, rows: int, width: int, device: torch.device) -> None:
         self.block, self.cp, self.cp_rank, self.device = block, len(rank.groups.cp), rank.cp_rank, device
         pages = max(1, rank.memory.kv_capacity_tokens // block)
-        heads, dim = rank.kv_heads[1] - rank.kv_heads[0], model.arch.head_dim
-        dtype = getattr(torch, model.kv_dtype)
-        shape = (pages, block, dim) if model.arch.mla else (pages, heads, block, dim)
+        dim, groups = model.arch.head_dim, scale_groups(model.arch.head_dim, model.kv_dtype)
+        tokens = (pages, block) if model.arch.mla else (pages, rank.kv_heads[1] - rank.kv_heads[0], block)
 
-        def pool() -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+        def pool(columns: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty((*tokens, columns), dtype=dtype, device=device)
 
-        layers = range(*rank.layers)
-        self.layers = [LayerCache(pool(), None if model.arch.mla else pool()) for _ in layers]
+        def pools(columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+            return pool(columns, dtype), None if model.arch.mla else pool(columns, dtype)
+
+        def layer() -> LayerCache:
+            scales = pools(groups, torch.uint8) if groups else (None, None)
+            return LayerCache(*pools(dim, getattr(torch, model.kv_dtype)), *scales)
+
+        self.layers = [layer() for _ in range(*rank.layers)]
         self.table = torch.zeros(rows, width, dtype=torch.int32, device=device)
         self._free = list(range(pages - 1, -1, -1))
         self._tables: dict[int, list[int]] = {}
@@ -88,23 +94,20 @@ class KvCache:
     def write_prompt(self, row: Row, layer: int, heads: slice, kv: Tensor) -> None:
         """Store the first n local tokens of one local layer.
 
-        MLA: kv [n, latent + rope]; GQA: kv [2, len(heads), n, D] for the local KV heads `heads`.
+        MLA: kv [n, latent + rope]; GQA: kv [2, len(heads), n, D] for the local KV heads `heads`. In the cache's dtype;
+        for an FP8 cache as quantize.pack leaves it, the scales behind the columns.
         """
-        cache, block = self.layers[layer], self.block
-        whole, rest = divmod(kv.shape[-2], block)
+        cache = self.layers[layer]
         pages = torch.tensor(self._tables[row.index], device=self.device)
-        parts = [(pages[:whole], slice(0, whole * block), block)]
-        if rest:
-            parts.append((pages[whole : whole + 1], slice(whole * block, None), rest))
-        for where, tokens, size in parts:
-            if cache.v is None:
-                cache.k[where, :size] = kv[tokens].view(-1, size, kv.shape[-1])
+        elements, scales = (kv, None) if cache.k_scale is None else unpack(kv, cache.k.shape[-1])
+        for new, k, v in ((elements, cache.k, cache.v), (scales, cache.k_scale, cache.v_scale)):
+            if new is None or k is None:
+                continue
+            if v is None:
+                _fill(k.unsqueeze(1), pages, new.unsqueeze(0))
             else:
-                split = (
-                    kv[:, :, tokens].reshape(2, kv.shape[1], -1, size, kv.shape[3]).transpose(1, 2)
-                )  # [2, pages, heads, size, D]
-                cache.k[where, heads, :size] = split[0]
-                cache.v[where, heads, :size] = split[1]
+                _fill(k[:, heads], pages, new[0])
+                _fill(v[:, heads], pages, new[1])
 
     def batch(self, positions: Tensor, attends: Tensor, rotary: Rotary) -> DecodeBatch:
         """A step of the first rows of the batch, with new tokens at global `positions` [N] int64, from this rank.
@@ -125,3 +128,14 @@ class KvCache:
             owned=mine.to(torch.uint8),
             slots=page.long() * self.block + local % self.block,
         )
+
+
+def _fill(pool: Tensor, pages: Tensor, tokens: Tensor) -> None:
+    """Write tokens [heads, n, width] to the first of `pages` of pool [all pages, heads, block, width]."""
+    if pool.dtype == torch.float8_e4m3fn:  # not every device assigns it by index
+        pool, tokens = pool.view(torch.uint8), tokens.view(torch.uint8)
+    heads, count, width = tokens.shape
+    whole, rest = divmod(count, pool.shape[2])
+    pool[pages[:whole]] = tokens[:, : count - rest].reshape(heads, whole, pool.shape[2], width).transpose(0, 1)
+    if rest:
+        pool[pages[whole], :, :rest] = tokens[:, count - rest :]

@@ -25,8 +25,6 @@ KvDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]  # float8: 
 Role = Literal["context", "generation"]
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
-
-
 SCALE_COLUMNS = 128  # of a cached FP8 vector that share a scale
 
 
@@ -156,6 +154,11 @@ class ModelArch:
         """Elements cached per token, layer and KV head."""
         return self.head_dim if self.mla else 2 * self.head_dim
 
+    def kv_bytes(self, kv_dtype: KvDtype) -> int:
+        """Bytes cached per token, layer and KV head: the elements and, of an FP8 cache, their scales."""
+        vectors = 1 if self.mla else 2
+        return self.kv_width * DTYPE_BYTES[kv_dtype] + vectors * scale_groups(self.head_dim, kv_dtype)
+
     @property
     def softmax_scale(self) -> float:
         dim = self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim if self.mla else self.head_dim
@@ -176,6 +179,16 @@ class Model:
     dtype: Dtype
     kv_dtype: KvDtype
     arch: ModelArch
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that a generation rank caches per token, layer and KV head."""
+        return self.arch.kv_bytes(self.kv_dtype)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether anything is kept in less than float32, so that results depend on where it is rounded."""
+        return not self.dtype == self.kv_dtype == "float32"
 
 
 # --- The plan ---------------------------------------------------------------------------------------------------

@@ -35,7 +35,11 @@ class LayerCache:
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """`query_tokens` (T) new tokens a row, in order, N = B * T in all. All tensors are on the compute device."""
+    """`query_tokens` (T) new tokens a row, in order, N = B * T in all. All tensors are on the compute device.
+
+    A captured graph runs with a fixed number of rows: those without a request are padding. Their tokens have length 0
+    and owned 0; their slots and pages may hold anything, and what is computed for them is not used.
+    """
 
     cos: Tensor  # [N, rope_dim / 2] float32, of the token's global position, attention_factor applied
     sin: Tensor  # [N, rope_dim / 2] float32
@@ -45,8 +49,35 @@ class DecodeBatch:
     slots: Tensor  # [N] int64, page * block + offset of the new token; read only where owned
 
 
+@dataclass(frozen=True, slots=True)
+class MlaProjections:
+    """What the projections of MLA give for N new tokens, neither normed nor rotated. Rows and heads may be strided."""
+
+    q_latent: Tensor  # [N, H, latent], absorbed: q_nope times W_UK
+    q_rope: Tensor  # [N, H, rope]
+    kv: Tensor  # [N, latent + rope]
+    norm: Tensor  # [latent], of the latent
+
+
+@dataclass(frozen=True, slots=True)
+class GqaProjections:
+    """What the projections of GQA give for N new tokens, neither normed nor rotated. Rows and heads may be strided."""
+
+    q: Tensor  # [N, H, D]
+    k: Tensor  # [N, KH, D]
+    v: Tensor  # [N, KH, D]
+    q_norm: Tensor | None = None  # [D], of each head; None: the model has no such norms
+    k_norm: Tensor | None = None  # [D]
+
+
+Projections = MlaProjections | GqaProjections
+
+
 class Ops(Protocol):
-    """Shapes: H query heads and KH KV heads of this rank, D head_dim, P partial_dim. ValueError on a mismatch."""
+    """Shapes: H query heads and KH KV heads of this rank, D head_dim, P partial_dim. ValueError on a mismatch.
+
+    A padding row (see DecodeBatch) writes nothing but its own rows of the results.
+    """
 
     def begin_step(self, batch: DecodeBatch) -> None:
         """Prepare a step: what depends on the lengths and pages alone, once for all layers.
@@ -56,10 +87,11 @@ class Ops(Protocol):
         """
         ...
 
-    def append(self, q: Tensor, k: Tensor, v: Tensor | None, cache: LayerCache, batch: DecodeBatch) -> Tensor:
-        """Rotate the last rope_dim dims of q [B, H, D] and k [B, KH, D] (MLA: [B, 1, D]); store k, v of owned rows.
+    def append(self, new: Projections, cache: LayerCache, batch: DecodeBatch) -> Tensor:
+        """From the projections to attention: norms, RoPE of the last rope_dim dims, and the cache's new tokens.
 
-        Returns the rotated q [B, H, D]. Rows that are not owned skip the write, and only the write.
+        Returns the queries [N, H, D], of the model's dtype. Keys and values are rounded to the model's dtype, then to
+        the cache's (FP8: see quantize.py). Tokens that are not owned skip the write, and only the write.
         """
         ...
 

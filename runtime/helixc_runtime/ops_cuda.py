@@ -13,14 +13,16 @@ from helixc_runtime.attend_cuda import EARLY, address, make_attend
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.cubin import LoadedKernel, check_arch
 from helixc_runtime.manifest import Kernel
-from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
+from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Partial, Projections
 from helixc_runtime.shape_checks import check_append, check_attend, check_combine
+from helixc_runtime.switches import read_switches
+from helixc_runtime.watched_kernel import WatchedKernel
 
 _WARP = 32
 
 # The launch arguments of each template, in order.
 _ARGUMENTS = {
-    "append": ("pointer",) * 10 + ("int32",),
+    "append": ("pointer",) * 15 + ("int32",) * 9,
     "combine": ("pointer",) * 4 + ("int32",),
     **ATTEND_ARGUMENTS,
 }
@@ -29,8 +31,9 @@ _ARGUMENTS = {
 class CudaOps:
     """Ops for one rank's `shape` on one GPU, by the rank's `kernels` (see manifest.Kernel) of one artifact.
 
-    Tensors must be contiguous, on `device`, and of the dtypes ops.py states; q, k, v and o of shape.dtype and the
-    cache of shape.kv_dtype. Everything is enqueued on torch's current stream.
+    Tensors must be contiguous, on `device`, and of the dtypes ops.py states; q, o and projections of shape.dtype and
+    the cache of shape.kv_dtype. Projections may be strided over tokens and heads, by multiples of the append kernel's
+    loads (16 bytes where the dims allow). Everything is enqueued on torch's current stream.
     """
 
     def __init__(
@@ -60,26 +63,42 @@ class CudaOps:
             self._attend.begin_step(batch)
         self._step = batch
 
-    def append(self, q: Tensor, k: Tensor, v: Tensor | None, cache: LayerCache, batch: DecodeBatch) -> Tensor:
+    def append(self, new: Projections, cache: LayerCache, batch: DecodeBatch) -> Tensor:
         """See Ops.append. Raises ValueError on a wrong shape, dtype, device or memory layout."""
-        check_append(self.shape, q, k, v, cache, batch)
-        self._expect(self.shape.dtype, q=q, k=k, v=v)
+        check_append(self.shape, new, cache, batch)
+        kernel = self._kernels["append"]
+        self._expect_loadable(int(kernel.params["columns"]), new)
         self._expect(self.shape.kv_dtype, cache_k=cache.k, cache_v=cache.v)
+        self._expect("uint8", owned=batch.owned, k_scale=cache.k_scale, v_scale=cache.v_scale)
         self._expect("float32", cos=batch.cos, sin=batch.sin)
-        self._expect("uint8", owned=batch.owned)
         self._expect("int64", slots=batch.slots)
-        rotated, rows = torch.empty_like(q), q.shape[0]
-        pointers = (rotated, q, k, v, cache.k, cache.v, batch.cos, batch.sin, batch.owned, batch.slots)
-        warps = rows * (self.shape.heads + self.shape.kv_heads)
-        self._launch_warps(self._kernels["append"], warps, *map(address, pointers), rows)
-        return rotated
+        _expect_aligned(cache_k=cache.k, cache_v=cache.v, cos=batch.cos, sin=batch.sin)
+        tokens, heads = len(batch.slots), self.shape.heads
+        q = torch.empty(tokens, heads, self.shape.head_dim, dtype=getattr(torch, self.shape.dtype), device=self.device)
+        strided, norms = self._append_inputs(new)
+        caches = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+        pointers = (q, *strided, *norms, *caches, batch.cos, batch.sin, batch.owned, batch.slots)
+        strides = (t.stride(dim) if t is not None else 0 for t in strided for dim in (0, 1))
+        vectors = _WARP // int(kernel.params["lanes"])  # of a warp
+        keys = -(-tokens * self.shape.kv_heads // vectors)
+        warps = keys * (1 if cache.v is None else 2) - (-tokens * heads // vectors)
+        self._launch_warps(kernel, warps, *map(address, pointers), tokens, *strides)
+        return q
+
+    def _append_inputs(self, new: Projections) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+        """The append kernel's q_plain, q_rotary, k and v, each [N, heads, columns], and its q_norm and k_norm."""
+        if isinstance(new, MlaProjections):
+            return (new.q_latent, new.q_rope, new.kv.unsqueeze(1), None), (None, new.norm)
+        plain = self.shape.head_dim - self.shape.rope_dim
+        return (new.q[..., :plain], new.q[..., plain:], new.k, new.v), (new.q_norm, new.k_norm)
 
     def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Partial:
         """See Ops.attend. Raises ValueError on a wrong shape, dtype, device or memory layout."""
         check_attend(self.shape, q, cache, batch)
         self._expect(self.shape.dtype, q=q)
         self._expect(self.shape.kv_dtype, cache_k=cache.k, cache_v=cache.v)
-        _expect_aligned(cache)
+        self._expect("uint8", k_scale=cache.k_scale, v_scale=cache.v_scale)
+        _expect_aligned(cache_k=cache.k, cache_v=cache.v, k_scale=cache.k_scale, v_scale=cache.v_scale)
         if self._step is not batch:
             self.begin_step(batch)
         out = self._empty_partial(len(q), self.shape.heads)
@@ -112,17 +131,37 @@ class CudaOps:
             per_block = int(kernel.params["threads"]) // _WARP
             self._loaded[kernel.name].launch((-(-warps // per_block), 1, 1), *values)
 
-    def _expect(self, dtype: str, **tensors: Tensor | None) -> None:
-        """Raise ValueError unless each tensor (None: not there) is of `dtype`, contiguous, and on this GPU."""
-        for name, tensor in tensors.items():
+    def _expect_loadable(self, columns: int, new: Projections) -> None:
+        """Raise ValueError unless each of `new` is of shape.dtype, on this GPU, and all its rows can be loaded."""
+        for name in new.__slots__:
+            tensor: Tensor | None = getattr(new, name)
             if tensor is None:
                 continue
-            if tensor.dtype != getattr(torch, dtype):
-                raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected {dtype}")
-            if tensor.device != self.device:
-                raise ValueError(f"{name} is on {tensor.device}, expected {self.device}")
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name} is not contiguous: strides {tensor.stride()} of shape {list(tensor.shape)}")
+            self._expect_place(name, tensor, self.shape.dtype)
+            *steps, last = tensor.stride()
+            loadable = last == 1
+            for step, size in zip(steps, tensor.shape, strict=False):
+                if size > 1 and (step % columns or step >= 1 << 31):
+                    loadable = False
+            if not loadable:
+                raise ValueError(f"{name} has strides {tensor.stride()}, expected multiples of {columns} and then 1")
+            if tensor.data_ptr() % (columns * tensor.element_size()):
+                raise ValueError(f"{name} does not start at a multiple of {columns * tensor.element_size()} bytes")
+
+    def _expect(self, dtype: str, **tensors: Tensor | None) -> None:
+        """Raise ValueError unless each tensor (None: not there) is of `dtype`, contiguous, and on this GPU."""
+        wanted = getattr(torch, dtype)
+        for name, tensor in tensors.items():
+            if tensor is None or (tensor.dtype is wanted and tensor.device == self.device and tensor.is_contiguous()):
+                continue
+            self._expect_place(name, tensor, dtype)
+            raise ValueError(f"{name} is not contiguous: strides {tensor.stride()} of shape {list(tensor.shape)}")
+
+    def _expect_place(self, name: str, tensor: Tensor, dtype: str) -> None:
+        if tensor.dtype != getattr(torch, dtype):
+            raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, expected {dtype}")
+        if tensor.device != self.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {self.device}")
 
 
 def _load(kernel: Kernel, artifact_dir: Path, device: torch.device) -> LoadedKernel:
@@ -130,7 +169,9 @@ def _load(kernel: Kernel, artifact_dir: Path, device: torch.device) -> LoadedKer
         raise ValueError(f"kernel {kernel.name} was planned but not compiled")
     arguments, threads = _ARGUMENTS[kernel.template], int(kernel.params["threads"])
     shared, early = int(kernel.params.get("dynamic_shared", 0)), kernel.template in EARLY
-    return LoadedKernel(artifact_dir / kernel.cubin, kernel.name, arguments, threads, device, shared, early)
+    described = (artifact_dir / kernel.cubin, kernel.name, arguments, threads, device, shared, early)
+    switches = read_switches()
+    return WatchedKernel(switches, *described) if switches.sync or switches.log_launches else LoadedKernel(*described)
 
 
 def _check_kernel(kernel: Kernel, shape: AttentionShape) -> None:
@@ -141,8 +182,8 @@ def _check_kernel(kernel: Kernel, shape: AttentionShape) -> None:
             raise ValueError(f"kernel {kernel.name} has {name} {value}, this rank needs {wanted}")
 
 
-def _expect_aligned(cache: LayerCache) -> None:
-    """Raise ValueError unless pages start at multiples of 16 bytes, the width of the kernel's loads."""
-    for name, tensor in (("cache_k", cache.k), ("cache_v", cache.v)):
+def _expect_aligned(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless each tensor (None: not there) starts at a multiple of 16 bytes, the widest load."""
+    for name, tensor in tensors.items():
         if tensor is not None and tensor.data_ptr() % 16:
             raise ValueError(f"{name} does not start at a multiple of 16 bytes")

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
-from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
+from helixc_runtime.models.layers import rms_norm
+from helixc_runtime.models.rotary import rotate
+from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Partial, Projections
+from helixc_runtime.quantize import dequantize, quantize
 from helixc_runtime.shape_checks import check_append, check_attend, check_combine
 
 
@@ -23,33 +26,29 @@ class TorchOps:
     def begin_step(self, batch: DecodeBatch) -> None:
         """See Ops.begin_step: there is nothing to prepare."""
 
-    def append(self, q: Tensor, k: Tensor, v: Tensor | None, cache: LayerCache, batch: DecodeBatch) -> Tensor:
+    def append(self, new: Projections, cache: LayerCache, batch: DecodeBatch) -> Tensor:
         """See Ops.append. Raises ValueError on a shape mismatch."""
-        check_append(self.shape, q, k, v, cache, batch)
-        rows = batch.owned.nonzero().squeeze(1)
-        page = batch.slots[rows] // self.shape.block
-        offset = batch.slots[rows] % self.shape.block
-        rotated = self._rotate(k, batch)[rows]  # [owned rows, KH, D]
-        if v is None:
-            cache.k[page, offset] = rotated[:, 0].to(cache.k.dtype)
-        else:
-            assert cache.v is not None
-            cache.k[page, :, offset] = rotated.to(cache.k.dtype)
-            cache.v[page, :, offset] = v[rows].to(cache.v.dtype)
+        check_append(self.shape, new, cache, batch)
+        q, k, v = self._assemble(new)
+        owned = batch.owned.nonzero().squeeze(1)
+        slots = batch.slots[owned]
+        _store(cache.k, cache.k_scale, self._rotate(k, batch)[owned], slots)
+        if cache.v is not None and v is not None:
+            _store(cache.v, cache.v_scale, v[owned], slots)
         return self._rotate(q, batch)
 
     def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Partial:
         """See Ops.attend. Raises ValueError on a shape mismatch, or a length beyond the row's page table."""
         check_attend(self.shape, q, cache, batch)
-        rows, heads, width = q.shape[0], self.shape.heads, self.shape.partial_dim
+        heads, width, tokens = self.shape.heads, self.shape.partial_dim, self.shape.query_tokens
         compute = _compute_dtype(q, cache.k)
-        o = torch.zeros(rows, heads, width, dtype=compute, device=q.device)
-        lse = torch.full((rows, heads), -torch.inf, dtype=compute, device=q.device)
-        for row, length in enumerate(batch.lengths.tolist()):
-            if length == 0:
-                continue
-            k, v = self._gather(cache, batch.page_table[row], length)
-            o[row], lse[row] = self._attend_row(q[row].to(compute), k.to(compute), v.to(compute))
+        o = torch.zeros(len(q), heads, width, dtype=compute, device=q.device)
+        lse = torch.full((len(q), heads), -torch.inf, dtype=compute, device=q.device)
+        for row, bounds in enumerate(batch.lengths.view(-1, tokens).tolist()):
+            k, v = (t.to(compute) for t in self._gather(cache, batch.page_table[row], bounds))
+            for token, length in enumerate(bounds, start=row * tokens):
+                if length:
+                    o[token], lse[token] = self._attend_token(q[token].to(compute), k[:, :length], v[:, :length])
         return Partial(o.to(q.dtype), lse)
 
     def combine(self, o: Tensor, lse: Tensor) -> Partial:
@@ -66,40 +65,63 @@ class TorchOps:
         merged = (weight.unsqueeze(-1) * parts).sum(dim=0) / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
         return Partial(merged.to(o.dtype), anchor + torch.log(total))
 
-    def _rotate(self, x: Tensor, batch: DecodeBatch) -> Tensor:
-        """Rotate the last rope_dim dims of x [B, heads, D]; the result has x's dtype and its own memory."""
-        width = self.shape.rope_dim
-        compute = _compute_dtype(x, batch.cos)
-        cos, sin = batch.cos.to(compute).unsqueeze(1), batch.sin.to(compute).unsqueeze(1)
-        tail = x[..., x.shape[-1] - width :].to(compute)
-        out = x.clone()
-        if self.shape.interleaved:
-            first, second = tail[..., 0::2], tail[..., 1::2]
-            turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
-        else:
-            first, second = tail.chunk(2, dim=-1)
-            turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        out[..., x.shape[-1] - width :] = turned.to(x.dtype)
-        return out
+    def _assemble(self, new: Projections) -> tuple[Tensor, Tensor, Tensor | None]:
+        """q [N, H, D], k and v (None: MLA) [N, KH, D], normed and not yet rotated."""
+        eps = self.shape.norm_eps
+        if isinstance(new, MlaProjections):
+            latent, rope = new.kv[:, : self.shape.partial_dim], new.kv[:, self.shape.partial_dim :]
+            k = torch.cat((rms_norm(latent, new.norm, eps), rope), dim=1).unsqueeze(1)
+            return torch.cat((new.q_latent, new.q_rope), dim=-1), k, None
+        q = new.q if new.q_norm is None else rms_norm(new.q, new.q_norm, eps)
+        k = new.k if new.k_norm is None else rms_norm(new.k, new.k_norm, eps)
+        return q, k, new.v
 
-    def _gather(self, cache: LayerCache, table: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` tokens of one row: k [KH, length, D] and v [KH, length, P]."""
-        block = self.shape.block
-        if length < 0 or length > table.shape[0] * block:
-            raise ValueError(f"length {length} is outside a page table of {table.shape[0]} pages of {block} tokens")
+    def _rotate(self, x: Tensor, batch: DecodeBatch) -> Tensor:
+        """Rotate the last rope_dim dims of x [N, heads, D]."""
+        plain = self.shape.head_dim - self.shape.rope_dim
+        tail = rotate(x[..., plain:], batch.cos, batch.sin, interleaved=self.shape.interleaved)
+        return torch.cat((x[..., :plain], tail), dim=-1)
+
+    def _gather(self, cache: LayerCache, table: Tensor, bounds: list[int]) -> tuple[Tensor, Tensor]:
+        """One row's tokens up to the last bound, L, dequantised: k [KH, L, D] and v [KH, L, P]."""
+        block, length = self.shape.block, max(bounds)
+        if min(bounds) < 0 or length > table.shape[0] * block:
+            outside = length if min(bounds) >= 0 else min(bounds)
+            raise ValueError(f"length {outside} is outside a page table of {table.shape[0]} pages of {block} tokens")
         pages = table[: -(-length // block)].long()
         if cache.v is None:
-            latent = cache.k[pages].flatten(0, 1)[:length].unsqueeze(0)
+            latent = _pages(cache.k, cache.k_scale, pages).flatten(0, 1)[:length].unsqueeze(0)
             return latent, latent[..., : self.shape.partial_dim]
-        k, v = (t[pages].transpose(0, 1).flatten(1, 2)[:, :length] for t in (cache.k, cache.v))
+        stored = ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
+        k, v = (_pages(t, scale, pages).transpose(0, 1).flatten(1, 2)[:, :length] for t, scale in stored)
         return k, v
 
-    def _attend_row(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _attend_token(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """q [H, D], k [KH, L, D], v [KH, L, P] -> o [H, P], natural-log lse [H]."""
         grouped = q.view(self.shape.kv_heads, self.shape.group, -1)
         scores = torch.matmul(grouped, k.transpose(1, 2)) * self.shape.scale  # [KH, G, L]
         o = torch.matmul(torch.softmax(scores, dim=-1), v)
         return o.flatten(0, 1), torch.logsumexp(scores, dim=-1).flatten()
+
+
+def _store(cache: Tensor, scales: Tensor | None, x: Tensor, slots: Tensor) -> None:
+    """Write tokens x [N, KH, D] to their slots of cache [pages, block, D] (one KV head) or [pages, KH, block, D]."""
+    page, offset = slots // cache.shape[-2], slots % cache.shape[-2]
+
+    def write(target: Tensor, value: Tensor) -> None:
+        heads_first = target.unsqueeze(1) if target.dim() == 3 else target
+        heads_first[page, :, offset] = value
+
+    if scales is None:
+        write(cache, x.to(cache.dtype))
+    else:
+        elements, exponents = quantize(x)
+        write(cache.view(torch.uint8), elements.view(torch.uint8))  # float8 has no indexed assignment
+        write(scales, exponents)
+
+
+def _pages(elements: Tensor, scales: Tensor | None, pages: Tensor) -> Tensor:
+    return elements[pages] if scales is None else dequantize(elements[pages], scales[pages])
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:

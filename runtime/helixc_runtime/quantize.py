@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from helixc_runtime.manifest import SCALE_COLUMNS
+from helixc_runtime.manifest import SCALE_COLUMNS, KvDtype
 
 EXPONENT_BIAS = 127
 _LEAST, _MOST = -100, 120  # exponents whose scaled elements are normal numbers in bfloat16
@@ -35,11 +35,30 @@ def dequantize(elements: Tensor, scales: Tensor) -> Tensor:
     return torch.ldexp(elements.float(), _spread(exponents, elements.shape[-1]))
 
 
+def pack(x: Tensor) -> Tensor:
+    """`quantize`, as one message: [..., width + groups] uint8, each vector's elements and then its scales."""
+    elements, scales = quantize(x)
+    return torch.cat((elements.view(torch.uint8), scales), dim=-1)
+
+
+def unpack(packed: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """(elements, scales), as `quantize` gives them, of vectors of `width` columns that `pack` made one of."""
+    return packed[..., :width].view(torch.float8_e4m3fn), packed[..., width:]
+
+
+def rounded(x: Tensor, kv_dtype: KvDtype) -> Tensor:
+    """What a cache of `kv_dtype` gives back of x [..., width], in x's dtype."""
+    if kv_dtype == "float8_e4m3fn":
+        return dequantize(*quantize(x)).to(x.dtype)
+    return x.to(getattr(torch, kv_dtype)).to(x.dtype)
+
+
 def _exponents(group: Tensor) -> Tensor:
     """The scale's exponent [...] int32 of each group [..., columns]."""
     largest = group.abs().amax(dim=-1)
     mantissa, exponent = torch.frexp(largest)  # largest = mantissa * 2^exponent, mantissa in [0.5, 1)
     least = exponent - 9 + (mantissa > 0.875).int()  # 448 = 0.875 * 2^9
+    least = least.masked_fill(largest == 0, _LEAST)
     return torch.where(largest.isfinite(), least, _MOST).clamp(_LEAST, _MOST).int()
 
 

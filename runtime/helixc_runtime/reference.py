@@ -1,9 +1,10 @@
 """`--verify`: the same prompts in one unsharded process, compared logit by logit with what the deployment computed.
 
 The whole model runs on one rank, in one pass over prompt and generated tokens, with dense causal attention: no paging,
-no absorption, no exchange. Its arithmetic is float32 on the deployment's weights. A deployment in a shorter dtype must
-be as near to that as rounding allows, and how much rounding does to this model is measured, not guessed: one
-unsharded process in the same dtype is compared too, and the deployment may be three times as far off.
+no absorption, no exchange. Its arithmetic is float32 on the deployment's weights. A deployment in a shorter dtype, or
+with a KV cache in one, must be as near to that as rounding allows, and how much rounding does to this model is
+measured, not guessed: one unsharded process in the same dtype, which rounds its K and V as the cache does, is compared
+too, and the deployment may be three times as far off.
 
 `python -m helixc_runtime.reference RUN_DIR`.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,13 +27,15 @@ from helixc_runtime.comm import TorchComm
 from helixc_runtime.engine import load_decoder, logits_file
 from helixc_runtime.events import Emitter
 from helixc_runtime.job import Difference, Job, Request, read_generated, read_job
+from helixc_runtime.models.attention import Keep, unchanged
 from helixc_runtime.models.decoder import Decoder
 from helixc_runtime.models.rotary import Rotary
+from helixc_runtime.quantize import rounded
 from helixc_runtime.sampling import could_sample, sample
 from helixc_runtime.worker import supervised
 
 FLOAT32_TOLERANCE = 1e-4  # of the largest logit: sums in another order
-ROUNDING_FACTOR = 3.0  # of what one unsharded process in the deployment's dtype is off: sums over ranks round again
+ROUNDING_FACTOR = 3.0  # of what one unsharded process in the deployment's dtypes is off: sums over ranks round again
 
 
 def main() -> NoReturn:
@@ -48,9 +52,10 @@ def verify(job: Job, run_dir: Path, emit: Emitter) -> None:
     generated = {g.request: g.token_ids for g in read_generated(run_dir)}
     with torch.inference_mode():
         decoder = load_decoder(plan, plan.reference, TorchComm(plan.reference, {}), device, emit)
-        own = None if decoder.dtype == torch.float32 else _all_logits(decoder, job, generated, emit)
+        cached = partial(rounded, kv_dtype=plan.model.kv_dtype)
+        own = _all_logits(decoder, cached, job, generated, emit) if plan.model.rounds else None
         decoder.weights.to_float32()
-        exact = _all_logits(replace(decoder, dtype=torch.float32), job, generated, emit)
+        exact = _all_logits(replace(decoder, dtype=torch.float32), unchanged, job, generated, emit)
     kept = {request.index: kept_logits(run_dir, request) for request in job.requests}
     tolerance = ROUNDING_FACTOR * _farthest(own, exact) if own else FLOAT32_TOLERANCE * _largest(exact)
     margin = 0.0 if own else tolerance  # in a shorter dtype other tokens are news, not a failure
@@ -65,12 +70,12 @@ def verify(job: Job, run_dir: Path, emit: Emitter) -> None:
 
 
 def _all_logits(
-    decoder: Decoder, job: Job, generated: Mapping[int, tuple[int, ...]], emit: Emitter
+    decoder: Decoder, keep: Keep, job: Job, generated: Mapping[int, tuple[int, ...]], emit: Emitter
 ) -> dict[int, Tensor]:
     rotary, found = decoder.rotary(), {}
     for done, request in enumerate(job.requests):
         emit.emit("stage", stage="verify", done=done, total=len(job.requests))
-        found[request.index] = unsharded(decoder, rotary, request, generated[request.index])
+        found[request.index] = unsharded(decoder, rotary, keep, request, generated[request.index])
     return found
 
 
@@ -92,10 +97,14 @@ def _first_difference(request: Request, generated: tuple[int, ...], exact: Tenso
     return None
 
 
-def unsharded(decoder: Decoder, rotary: Rotary, request: Request, generated: tuple[int, ...]) -> Tensor:
-    """Logits [tokens, vocab] of every generated token, each given all tokens before it, in one pass."""
+def unsharded(decoder: Decoder, rotary: Rotary, keep: Keep, request: Request, generated: tuple[int, ...]) -> Tensor:
+    """Logits [tokens, vocab] of every generated token, each given all tokens before it, in one pass.
+
+    All of them attend to what `keep` makes of the KV: a deployment's prompt, which attends to itself before it is
+    cached, is a little nearer to the exact.
+    """
     tokens = torch.tensor(request.token_ids + generated[:-1], device=decoder.device)
-    hidden, _ = decoder.prefill(tokens, rotary, attends=True)
+    hidden, _ = decoder.prefill(tokens, rotary, attends=True, keep=keep)
     return decoder.logits(hidden[len(request.token_ids) - 1 :]).cpu()
 
 

@@ -2,45 +2,67 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
-from helixc_runtime.ops import DecodeBatch, LayerCache
+from helixc_runtime.manifest import scale_groups
+from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaProjections, Projections
 
 
 def expect_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
     """Raise ValueError unless `tensor` has `shape`; None stands for any size."""
-    matches = tensor.dim() == len(shape) and all(
-        want in (None, size) for want, size in zip(shape, tensor.shape, strict=True)
-    )
-    if not matches:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [{wanted}]")
+    found = tensor.shape
+    if found == shape:  # in the way of every launch: no time for more
+        return
+    if len(found) == len(shape):
+        for want, size in zip(shape, found, strict=True):
+            if want is not None and want != size:
+                break
+        else:
+            return
+    wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    raise ValueError(f"{name} has shape {list(found)}, expected [{wanted}]")
 
 
-def check_append(
-    shape: AttentionShape, q: Tensor, k: Tensor, v: Tensor | None, cache: LayerCache, batch: DecodeBatch
-) -> None:
+def check_append(shape: AttentionShape, new: Projections, cache: LayerCache, batch: DecodeBatch) -> None:
     """Raise ValueError unless the arguments of Ops.append fit `shape`."""
-    expect_shape("q", q, (None, shape.heads, shape.head_dim))
-    rows = q.shape[0]
-    expect_shape("k", k, (rows, shape.kv_heads, shape.head_dim))
-    if (v is None) != shape.is_mla:
-        raise ValueError("v must be None for MLA" if shape.is_mla else "v is missing")
-    if v is not None:
-        expect_shape("v", v, (rows, shape.kv_heads, shape.head_dim))
+    if isinstance(new, MlaProjections) != shape.is_mla:
+        raise ValueError(f"got {type(new).__name__} for {'MLA' if shape.is_mla else 'GQA'}")
+    tokens = len(batch.slots)
+    if isinstance(new, MlaProjections):
+        expect_shape("q_latent", new.q_latent, (tokens, shape.heads, shape.partial_dim))
+        expect_shape("q_rope", new.q_rope, (tokens, shape.heads, shape.rope_dim))
+        expect_shape("kv", new.kv, (tokens, shape.head_dim))
+        expect_shape("norm", new.norm, (shape.partial_dim,))
+    else:
+        _check_gqa(shape, new, tokens)
     for name, angles in (("cos", batch.cos), ("sin", batch.sin)):
-        expect_shape(name, angles, (rows, shape.rope_dim // 2))
-    expect_shape("owned", batch.owned, (rows,))
-    expect_shape("slots", batch.slots, (rows,))
+        expect_shape(name, angles, (tokens, shape.rope_dim // 2))
+    expect_shape("owned", batch.owned, (tokens,))
+    expect_shape("slots", batch.slots, (tokens,))
     check_cache(shape, cache)
+
+
+def _check_gqa(shape: AttentionShape, new: GqaProjections, tokens: int) -> None:
+    expect_shape("q", new.q, (tokens, shape.heads, shape.head_dim))
+    expect_shape("k", new.k, (tokens, shape.kv_heads, shape.head_dim))
+    expect_shape("v", new.v, (tokens, shape.kv_heads, shape.head_dim))
+    for name, weight in (("q_norm", new.q_norm), ("k_norm", new.k_norm)):
+        if (weight is not None) != shape.qk_norm:
+            raise ValueError(f"{name} must be {'a weight' if shape.qk_norm else 'None'} for this shape")
+        if weight is not None:
+            expect_shape(name, weight, (shape.head_dim,))
 
 
 def check_attend(shape: AttentionShape, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> None:
     """Raise ValueError unless the arguments of Ops.attend fit `shape`."""
     expect_shape("q", q, (None, shape.heads, shape.head_dim))
-    expect_shape("page_table", batch.page_table, (q.shape[0], None))
-    expect_shape("lengths", batch.lengths, (q.shape[0],))
+    expect_shape("page_table", batch.page_table, (None, None))
+    tokens, rows = q.shape[0], batch.page_table.shape[0]
+    if tokens != rows * shape.query_tokens:
+        raise ValueError(f"q has {tokens} tokens, expected {shape.query_tokens} for each of {rows} rows")
+    expect_shape("lengths", batch.lengths, (tokens,))
     check_cache(shape, cache)
 
 
@@ -53,12 +75,16 @@ def check_combine(shape: AttentionShape, o: Tensor, lse: Tensor) -> None:
 
 
 def check_cache(shape: AttentionShape, cache: LayerCache) -> None:
-    """Raise ValueError unless `cache` has the pages of `shape`."""
+    """Raise ValueError unless `cache` has the pages of `shape`, and scales if its elements are FP8."""
     if (cache.v is None) != shape.is_mla:
         raise ValueError("the cache's v must be None for MLA" if shape.is_mla else "the cache has no v")
-    if cache.v is None:
-        expect_shape("cache.k", cache.k, (None, shape.block, shape.head_dim))
-        return
-    pages = (cache.k.shape[0], shape.kv_heads, shape.block, shape.head_dim)
-    expect_shape("cache.k", cache.k, pages)
-    expect_shape("cache.v", cache.v, pages)
+    heads = () if shape.is_mla else (shape.kv_heads,)
+    pages = (cache.k.shape[0], *heads, shape.block)
+    for name, elements, scales in (("k", cache.k, cache.k_scale), ("v", cache.v, cache.v_scale)):
+        if elements is not None:
+            expect_shape(f"cache.{name}", elements, (*pages, shape.head_dim))
+        if (scales is not None) != (elements is not None and elements.dtype == torch.float8_e4m3fn):
+            raise ValueError(f"cache.{name} must have scales if it is float8_e4m3fn, and only then")
+        if scales is not None and elements is not None:
+            groups = scale_groups(shape.head_dim, "float8_e4m3fn")
+            expect_shape(f"cache.{name}_scale", scales, (*elements.shape[:-1], groups))

@@ -7,7 +7,6 @@ A row that is not in use has position -1: it attends to nothing, owns nothing an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -19,8 +18,7 @@ from helixc_runtime.kv import KvCache
 from helixc_runtime.models.decoder import Decoder
 from helixc_runtime.ops import Ops
 from helixc_runtime.sampling import Choices, sample_rows
-
-EAGER = "HELIXC_EAGER"  # environment variable: 1 launches kernel by kernel where a graph could be replayed
+from helixc_runtime.switches import read_switches
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +64,7 @@ class DecodeStep:
         on_gpu = decoder.device.type == "cuda"
         self._host = torch.empty(len(_Field), rows, dtype=torch.int64, pin_memory=on_gpu)
         self._control = torch.empty(len(_Field), rows, dtype=torch.int64, device=decoder.device)
+        self._graphs_wanted = read_switches().graphs
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, StepResult | None]] = {}
 
     def capture(self, *, sampled: bool) -> None:
@@ -105,7 +104,7 @@ class DecodeStep:
         """Grouped products of other dtypes than bfloat16 read their groups on the host."""
         decoder = self.decoder
         fixed = decoder.arch.moe is None or decoder.dtype == torch.bfloat16
-        return decoder.device.type == "cuda" and fixed and os.environ.get(EAGER, "0") in ("", "0")
+        return decoder.device.type == "cuda" and fixed and self._graphs_wanted
 
     def _write(self, rows: Sequence[RowInput]) -> None:
         """Send the rows to the device. The memory sent from is free again once the step's tokens have been read."""

@@ -15,12 +15,15 @@ TensorMap = ctypes.Array[ctypes.c_uint8]
 
 
 def tensor_map(tensor: Tensor, dims: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> TensorMap:
-    """The map of a bfloat16 `tensor` seen with `dims`, innermost first, copied in boxes of `box`, 128-byte swizzled.
+    """The map of `tensor` as 2-byte elements in `dims`, innermost first, copied in boxes of `box`.
 
-    `strides`: bytes between neighbours along every dim but the innermost. Reads outside are zeros. Raises CubinError.
+    The swizzle is as wide as the box's innermost dim, 64 or 128 bytes. `strides`: bytes between neighbours along every
+    dim but the innermost. Reads outside are zeros. Raises CubinError.
     """
     from cuda.bindings import driver
 
+    swizzles = driver.CUtensorMapSwizzle
+    swizzle = {32: swizzles.CU_TENSOR_MAP_SWIZZLE_64B, 64: swizzles.CU_TENSOR_MAP_SWIZZLE_128B}[box[0]]
     error, encoded = driver.cuTensorMapEncodeTiled(
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         len(dims),
@@ -30,7 +33,7 @@ def tensor_map(tensor: Tensor, dims: Sequence[int], strides: Sequence[int], box:
         [driver.cuuint32_t(size) for size in box],
         [driver.cuuint32_t(1)] * len(dims),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        swizzle,
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
@@ -53,11 +56,12 @@ class TensorMaps:
     def __init__(self) -> None:
         self._made: dict[tuple[int, tuple[int, ...], tuple[int, ...]], TensorMap] = {}
 
-    def get(self, tensor: Tensor, dims: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> TensorMap:
+    def get(self, tensor: Tensor, dims: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> TensorMap:
         """See tensor_map."""
-        key = (tensor.data_ptr(), tuple(dims), tuple(box))
-        if key not in self._made:
+        key = (tensor.data_ptr(), dims, box)
+        made = self._made.get(key)
+        if made is None:
             if len(self._made) >= self._MOST:
                 self._made.clear()
-            self._made[key] = tensor_map(tensor, dims, strides, box)
-        return self._made[key]
+            made = self._made[key] = tensor_map(tensor, dims, strides, box)
+        return made

@@ -11,10 +11,12 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn import functional as F
 
 from helixc_runtime.dummy import dummy_tensor
 from helixc_runtime.manifest import Model, Piece, Range
 
+GROUPED_COLUMNS = 8  # torch's grouped products want rows that are multiples of 16 bytes
 FLOAT32_WEIGHTS = frozenset({"router_bias"})  # decides which experts run: never rounded
 
 Progress = Callable[[int, int], None]
@@ -92,7 +94,14 @@ def _read(source: Source, piece: Piece, layer: int | None, dtype: torch.dtype, d
 
     if piece.experts is None:
         return one(None).contiguous()
-    return torch.stack([one(expert) for expert in range(*piece.experts)])
+    return _aligned(torch.stack([one(expert) for expert in range(*piece.experts)]), piece.name)
+
+
+def _aligned(experts: Tensor, name: str) -> Tensor:
+    """[experts, ...] with the intermediate columns padded by zeros to what grouped products take; they add nothing."""
+    dim = 2 if name == "expert_down" else 1
+    missing = -experts.shape[dim] % GROUPED_COLUMNS
+    return F.pad(experts, (0, missing) if dim == 2 else (0, 0, 0, missing)) if missing else experts
 
 
 class Checkpoint:

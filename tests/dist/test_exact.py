@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from examples.tiny_checkpoint import make_checkpoint
 from helixc.plan.verify import verify
@@ -15,7 +16,7 @@ from helixc.spec.spec import RoleSpec
 from helixc_runtime.job import Request
 from helixc_runtime.sampling import could_sample, sample
 from tests.deployments import plan_of, role
-from tests.dist.exactness import compare, random_prompts
+from tests.dist.exactness import Comparison, compare, drawn, random_prompts, routing_gap
 from tests.dist.harness import deploy, request
 
 MOE = ("deepseek-v3-lite", "deepseek-v2", "qwen3-moe")
@@ -27,16 +28,21 @@ LAYOUTS = [(tp, cp, pp) for tp in (1, 2) for cp in (1, 2, 3, 4) for pp in (1, 2)
 @pytest.mark.parametrize(("tp", "cp", "pp"), LAYOUTS)
 def test_every_layout_equals_transformers(family: str, tp: int, cp: int, pp: int, tmp_path: Path) -> None:
     """64 greedy tokens for a batch of prompts so short that some cp ranks start empty, and longer ones."""
+    drawn(lambda folder: check_layout(family, tp, cp, pp, folder), tmp_path)
+
+
+def check_layout(family: str, tp: int, cp: int, pp: int, folder: Path) -> Comparison:
+    """One random deployment of a layout."""
     seed = random.randrange(2**31)
     pick = random.Random(seed)
     ep = pick.choice([n for n in (1, 2, 3, 4, 6, 8) if tp * cp % n == 0]) if family in MOE else None
     block, context = pick.choice((4, 32)), role(tp=pick.choice((1, 2)), pp=pick.choice((1, 2)))
     lengths = [1, pick.randint(2, 8), pick.randint(9, 64), pick.randint(65, 300)]
-    checkpoint = make_checkpoint(family, tmp_path / "checkpoint", seed=seed, layers=3)
+    checkpoint = make_checkpoint(family, folder / "checkpoint", seed=seed, layers=3)
     plan = plan_of(str(checkpoint), context, role(tp=tp, cp=cp, pp=pp, ep=ep, block=block))
     verify(plan)
     requests = [request(i, prompt) for i, prompt in enumerate(random_prompts(lengths, seed))]
-    found = compare(checkpoint, plan, requests, tmp_path)
+    found = compare(checkpoint, plan, requests, folder)
     assert found.exact, f"{found.difference=} {found.same_tokens=} {plan.name=} {block=} {lengths=} {seed=}"
     stored = sum(length + 63 for length in lengths)
     for instance in plan.instances[1:]:
@@ -44,17 +50,22 @@ def test_every_layout_equals_transformers(family: str, tp: int, cp: int, pp: int
         for rank in (plan.ranks[r] for r in instance.ranks):
             of_copy[rank.pp_rank, rank.tp_rank] += found.outcome.kv_tokens[rank.rank]
         assert set(of_copy.values()) <= {0, stored}, "each token is stored once a copy of the cache"
+    return found
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek-v3-lite"])
 def test_attention_data_parallelism(family: str, tmp_path: Path) -> None:
-    seed = random.randrange(2**31)
-    checkpoint = make_checkpoint(family, tmp_path / "checkpoint", seed=seed, layers=3)
-    plan = plan_of(str(checkpoint), role(tp=2, dp=True), role(tp=2, cp=2, pp=2, dp=True))
-    verify(plan)
-    requests = [request(i, p, 24) for i, p in enumerate(random_prompts([3, 50, 7, 120, 1], seed))]
-    found = compare(checkpoint, plan, requests, tmp_path)
-    assert found.exact, f"{found.difference=} {found.same_tokens=} {seed=}"
+    def check(folder: Path) -> Comparison:
+        seed = random.randrange(2**31)
+        checkpoint = make_checkpoint(family, folder / "checkpoint", seed=seed, layers=3)
+        plan = plan_of(str(checkpoint), role(tp=2, dp=True), role(tp=2, cp=2, pp=2, dp=True))
+        verify(plan)
+        requests = [request(i, p, 24) for i, p in enumerate(random_prompts([3, 50, 7, 120, 1], seed))]
+        found = compare(checkpoint, plan, requests, folder)
+        assert found.exact, f"{found.difference=} {found.same_tokens=} {seed=}"
+        return found
+
+    drawn(check, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -72,13 +83,17 @@ def test_attention_data_parallelism(family: str, tmp_path: Path) -> None:
 def test_less_common_models(
     family: str, context: RoleSpec, generation: RoleSpec, overrides: dict[str, Any], tmp_path: Path
 ) -> None:
-    seed = random.randrange(2**31)
-    checkpoint = make_checkpoint(family, tmp_path / "checkpoint", seed=seed, layers=2, **overrides)
-    plan = plan_of(str(checkpoint), context, generation)
-    verify(plan)
-    requests = [request(i, p, 16) for i, p in enumerate(random_prompts([3, 50, 9], seed))]
-    found = compare(checkpoint, plan, requests, tmp_path)
-    assert found.exact, f"{found.difference=} {found.same_tokens=} {seed=}"
+    def check(folder: Path) -> Comparison:
+        seed = random.randrange(2**31)
+        checkpoint = make_checkpoint(family, folder / "checkpoint", seed=seed, layers=2, **overrides)
+        plan = plan_of(str(checkpoint), context, generation)
+        verify(plan)
+        requests = [request(i, p, 16) for i, p in enumerate(random_prompts([3, 50, 9], seed))]
+        found = compare(checkpoint, plan, requests, folder)
+        assert found.exact, f"{found.difference=} {found.same_tokens=} {seed=}"
+        return found
+
+    drawn(check, tmp_path)
 
 
 def test_requests_come_and_go(tmp_path: Path) -> None:
@@ -158,3 +173,20 @@ def test_dummy_weights_do_not_depend_on_the_layout(tmp_path: Path) -> None:
         tokens.append((outcome.tokens, outcome.logits))
     assert tokens[0][0] == tokens[1][0]
     assert all((tokens[0][1][i] - tokens[1][1][i]).abs().max() < 1e-4 for i in (0, 1))
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_a_tie_between_experts_is_seen(family: str, tmp_path: Path) -> None:
+    """Random weights leave a gap; a router that gives all experts the same score does not."""
+    checkpoint = make_checkpoint(family, tmp_path / "checkpoint", seed=random.randrange(2**31), layers=3)
+    plan = plan_of(str(checkpoint), role(), role())
+    assert 0 < routing_gap(plan, random_prompts([5], 1)[0]) < 1
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith("gate.weight"):
+            tensor.zero_()
+        if name.endswith("e_score_correction_bias"):
+            tensor.fill_(0.5)
+    save_file(tensors, file)
+    assert routing_gap(plan, random_prompts([5], 1)[0]) == 0

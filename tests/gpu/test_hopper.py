@@ -15,7 +15,7 @@ from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ops import DecodeBatch, LayerCache
 from helixc_runtime.ops_cuda import CudaOps
 from helixc_runtime.ops_torch import TorchOps
-from tests.gpu.kernel_cases import check_partial, gqa, mla, to_double
+from tests.gpu.kernel_cases import check_partial, gqa, mla, random_cache, to_double
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,11 +27,36 @@ pytestmark = [
 BOUND = 5e-3  # relative Frobenius error of o in bfloat16
 SHAPES = {
     **{f"mla h{heads} b{block}": mla(heads, block) for heads in (16, 32, 64, 128) for block in (32, 64)},
+    **{
+        f"mla h{heads} b{block} fp8": mla(heads, block, kv_dtype="float8_e4m3fn")
+        for heads in (16, 32, 64, 128)
+        for block in (32, 64)
+    },
+    "mla h16 t4": mla(16, 64, query_tokens=4),
+    "mla h32 b32 t3": mla(32, 32, query_tokens=3),
+    "mla h64 t2": mla(64, 64, query_tokens=2),
+    "mla h128 b32 t2": mla(128, 32, query_tokens=2),
+    "mla h16 b32 fp8 t3": mla(16, 32, kv_dtype="float8_e4m3fn", query_tokens=3),
+    "mla h32 fp8 t4": mla(32, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
+    "mla h64 b32 fp8 t4": mla(64, 32, kv_dtype="float8_e4m3fn", query_tokens=4),
+    "mla h64 fp8 t3": mla(64, 64, kv_dtype="float8_e4m3fn", query_tokens=3),
+    "mla h128 fp8 t4": mla(128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
     "gqa 64,8": gqa(64, 8, 128, 64),
     "gqa 16,1": gqa(16, 1, 128, 64),
     "gqa 10,2 d64 b16": gqa(10, 2, 64, 16),
     "gqa 32,32 b128": gqa(32, 32, 128, 128),
     "gqa 12,4 d64 b32": gqa(12, 4, 64, 32),
+    "gqa 8,2 t4": gqa(8, 2, 128, 64, query_tokens=4),
+    "gqa 16,4 t2": gqa(16, 4, 128, 64, query_tokens=2),
+    "gqa 5,1 d64 b16 t3": gqa(5, 1, 64, 16, query_tokens=3),
+    "gqa 64,8 fp8": gqa(64, 8, 128, 64, kv_dtype="float8_e4m3fn"),
+    "gqa 16,1 fp8": gqa(16, 1, 128, 64, kv_dtype="float8_e4m3fn"),
+    "gqa 10,2 d64 b16 fp8": gqa(10, 2, 64, 16, kv_dtype="float8_e4m3fn"),
+    "gqa 32,32 b256 fp8": gqa(32, 32, 128, 256, kv_dtype="float8_e4m3fn"),
+    "gqa 12,4 d64 b32 fp8": gqa(12, 4, 64, 32, kv_dtype="float8_e4m3fn"),
+    "gqa 8,2 fp8 t4": gqa(8, 2, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
+    "gqa 8,4 fp8 t2": gqa(8, 4, 128, 16, kv_dtype="float8_e4m3fn", query_tokens=2),
+    "gqa 5,1 d64 fp8 t3": gqa(5, 1, 64, 64, kv_dtype="float8_e4m3fn", query_tokens=3),
 }
 LENGTHS = {
     "hostile": [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 0, 1009],
@@ -65,7 +90,10 @@ def make_ops(shape: AttentionShape, folder: Path) -> CudaOps:
 def random_pages(
     shape: AttentionShape, lengths: list[int], generator: torch.Generator, spare: int = 3
 ) -> tuple[LayerCache, DecodeBatch]:
-    """Shuffled pages of random K and V; every token beyond a row's length, and every unused page, is NaN."""
+    """Shuffled pages of random K and V; every token beyond a row's length, and every unused page, is poisoned.
+
+    `lengths` are those of each row's last query token; one before sees as many, or one token less than its next.
+    """
     rows, width = len(lengths), max(1, -(-max(lengths) // shape.block)) + 1
     pages = rows * width + spare
     table = torch.randperm(pages, generator=generator, device=DEVICE)[: rows * width].view(rows, width)
@@ -73,20 +101,16 @@ def random_pages(
     used = torch.arange(width * shape.block, device=DEVICE) < limit.unsqueeze(1)  # [rows, tokens]
     valid = torch.zeros(pages, shape.block, dtype=torch.bool, device=DEVICE)
     valid[table.flatten()] = used.view(-1, shape.block)
-    size = (shape.block, shape.head_dim) if shape.is_mla else (shape.kv_heads, shape.block, shape.head_dim)
-    holes = ~(valid.unsqueeze(-1) if shape.is_mla else valid[:, None, :, None])
-
-    def matrix() -> torch.Tensor:
-        random_values = torch.randn(pages, *size, generator=generator, device=DEVICE, dtype=torch.bfloat16)
-        return random_values.masked_fill_(holes, math.nan)
-
+    cache, _ = random_cache(shape, valid, generator)
+    steps = torch.randint(0, 2, (rows, shape.query_tokens), generator=generator, device=DEVICE)
+    bounds = (limit.unsqueeze(1) - steps.sum(1, keepdim=True) + steps.cumsum(1)).clamp_min(0)
     unused = torch.zeros(0, device=DEVICE)
-    batch = DecodeBatch(unused, unused, table.int(), limit.int(), unused, unused)
-    return LayerCache(matrix(), None if shape.is_mla else matrix()), batch
+    return cache, DecodeBatch(unused, unused, table.int(), bounds.flatten().int(), unused, unused)
 
 
 def random_queries(shape: AttentionShape, rows: int, generator: torch.Generator, gain: float = 1.0) -> torch.Tensor:
-    return (torch.randn(rows, shape.heads, shape.head_dim, generator=generator, device=DEVICE) * gain).bfloat16()
+    size = (rows * shape.query_tokens, shape.heads, shape.head_dim)
+    return (torch.randn(*size, generator=generator, device=DEVICE) * gain).bfloat16()
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
@@ -101,7 +125,21 @@ def test_against_the_oracle(shape: AttentionShape, lengths: list[int], folder: P
     assert torch.equal(first.o, second.o) and torch.equal(first.lse, second.lse), "two runs differ"
 
 
-@pytest.mark.parametrize("shape", [mla(64, 64), mla(128, 32), gqa(64, 8, 128, 64)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        mla(64, 64),
+        mla(128, 32),
+        mla(16, 32, kv_dtype="float8_e4m3fn"),
+        mla(64, 64, kv_dtype="float8_e4m3fn", query_tokens=2),
+        mla(16, 64, query_tokens=4),
+        gqa(64, 8, 128, 64),
+        gqa(8, 2, 128, 64, query_tokens=4),
+        gqa(64, 8, 128, 64, kv_dtype="float8_e4m3fn"),
+        gqa(8, 2, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
+    ],
+    ids=str,
+)
 def test_large_scores(shape: AttentionShape, folder: Path, seed: int) -> None:
     """Scores in the thousands: one token takes all the weight, and LSE is as large as the score."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
@@ -113,7 +151,21 @@ def test_large_scores(shape: AttentionShape, folder: Path, seed: int) -> None:
     check_partial(ops.attend(q, cache, batch), want, BOUND, lse_bound=1e-3 + 1e-6 * largest)
 
 
-@pytest.mark.parametrize("shape", [mla(64, 64), mla(128, 32), gqa(64, 8, 128, 64)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        mla(64, 64),
+        mla(128, 32),
+        mla(16, 32, kv_dtype="float8_e4m3fn"),
+        mla(64, 64, kv_dtype="float8_e4m3fn", query_tokens=2),
+        mla(16, 64, query_tokens=4),
+        gqa(64, 8, 128, 64),
+        gqa(8, 2, 128, 64, query_tokens=4),
+        gqa(64, 8, 128, 64, kv_dtype="float8_e4m3fn"),
+        gqa(8, 2, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
+    ],
+    ids=str,
+)
 def test_a_graph_replays_with_other_lengths_and_pages(shape: AttentionShape, folder: Path, seed: int) -> None:
     generator = torch.Generator(DEVICE).manual_seed(seed)
     cases = [[6_000, 0, 77], [64, 65, 5_007], [0, 0, 0], [1, 5_999, 6_000]]
@@ -121,13 +173,14 @@ def test_a_graph_replays_with_other_lengths_and_pages(shape: AttentionShape, fol
     width = max(batch.page_table.shape[1] for _, batch in problems_)
     pages = max(cache.k.shape[0] for cache, _ in problems_)
     ops = make_ops(shape, folder)
-    k = torch.zeros(pages, *problems_[0][0].k.shape[1:], dtype=torch.bfloat16, device=DEVICE)
-    cache = LayerCache(k, None if shape.is_mla else k.clone())
+    first = problems_[0][0]
+    tensors = (first.k, first.v, first.k_scale, first.v_scale)
+    k, *rest = (None if t is None else t.new_empty(pages, *t.shape[1:]).zero_() for t in tensors)
+    assert k is not None
+    cache = LayerCache(k, *rest)
     unused = torch.zeros(0, device=DEVICE)
-    table, lengths = (
-        torch.zeros(3, width, dtype=torch.int32, device=DEVICE),
-        torch.zeros(3, dtype=torch.int32, device=DEVICE),
-    )
+    table = torch.zeros(3, width, dtype=torch.int32, device=DEVICE)
+    lengths = torch.zeros(3 * shape.query_tokens, dtype=torch.int32, device=DEVICE)
     batch = DecodeBatch(unused, unused, table, lengths, unused, unused)
     q = random_queries(shape, 3, generator)
     stream = torch.cuda.Stream(DEVICE)
@@ -140,9 +193,9 @@ def test_a_graph_replays_with_other_lengths_and_pages(shape: AttentionShape, fol
         ops.begin_step(batch)
         captured = ops.attend(q, cache, batch)
     for filled, step in problems_:
-        cache.k[: len(filled.k)] = filled.k
-        if cache.v is not None and filled.v is not None:
-            cache.v[: len(filled.v)] = filled.v
+        for name in ("k", "v", "k_scale", "v_scale"):
+            if (new := getattr(filled, name)) is not None:
+                getattr(cache, name)[: len(new)] = new
         table[:, : step.page_table.shape[1]] = step.page_table
         lengths.copy_(step.lengths)
         q.copy_(random_queries(shape, 3, generator))
@@ -151,6 +204,20 @@ def test_a_graph_replays_with_other_lengths_and_pages(shape: AttentionShape, fol
         torch.cuda.synchronize(DEVICE)
         want = TorchOps(shape).attend(q.double(), to_double(filled), step)
         check_partial(captured, want, BOUND)
+
+
+@pytest.mark.parametrize("query_tokens", [1, 4])
+def test_scales_far_apart(query_tokens: int, folder: Path, seed: int) -> None:
+    """Queries beyond float16 and keys as small; values of which some are 2^120 times others."""
+    shape = gqa(8, 2, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=query_tokens)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    cache, batch = random_pages(shape, [3000, 77, 0, 640], generator)
+    assert cache.k_scale is not None and cache.v_scale is not None
+    cache.k_scale.sub_(40)
+    cache.v_scale.add_(torch.randint(-60, 61, cache.v_scale.shape, generator=generator, device=DEVICE))
+    q, ops = random_queries(shape, 4, generator, gain=2.0**40), make_ops(shape, folder)
+    want = TorchOps(shape).attend(q.double(), to_double(cache), batch)
+    check_partial(ops.attend(q, cache, batch), want, BOUND)
 
 
 def test_two_million_tokens_beyond_two_to_the_31_bytes(folder: Path, seed: int) -> None:

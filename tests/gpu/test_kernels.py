@@ -12,13 +12,15 @@ from helixc.codegen.build import compile_all, render_all
 from helixc.codegen.problem import problems
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.cubin import CubinError, check_arch, device_arch
-from helixc_runtime.ops import DecodeBatch, LayerCache
+from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache
 from helixc_runtime.ops_cuda import CudaOps
 from helixc_runtime.ops_torch import TorchOps
 from tests.gpu.kernel_cases import (
+    APPEND_SHAPES,
     check_append,
     check_attend,
     check_combine,
+    check_elements,
     check_partial,
     gqa,
     mla,
@@ -50,6 +52,20 @@ SHAPES = {
     "nine heads": gqa(9, 3, 64, 4),
     "thirteen heads": gqa(13, 1, 72, 64),
     "one head": gqa(1, 1, 256, 32),
+}
+
+
+FP8_OR_TOKENS = {
+    "deepseek-v3 tp2 fp8": mla(64, 64, kv_dtype="float8_e4m3fn"),
+    "deepseek-v3 tp1 fp8, 4 tokens": mla(128, 32, kv_dtype="float8_e4m3fn", query_tokens=4),
+    "deepseek-v3 tp8, 2 tokens": mla(16, 4, query_tokens=2),
+    "deepseek-v3 float32, fp8, 3 tokens": mla(16, 4, "float32", kv_dtype="float8_e4m3fn", query_tokens=3),
+    "llama-3.1-70b tp1 fp8": gqa(64, 8, 128, 32, kv_dtype="float8_e4m3fn"),
+    "llama-3.1-70b tp2 fp8, 2 tokens": gqa(32, 4, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=2),
+    "qwen3-8b, 3 tokens": gqa(32, 8, 128, 32, "float16", query_tokens=3),
+    "smollm2 fp8, 4 tokens": gqa(9, 3, 64, 4, "float32", kv_dtype="float8_e4m3fn", query_tokens=4),
+    "thirteen heads fp8": gqa(13, 1, 72, 64, kv_dtype="float8_e4m3fn"),
+    "two groups of columns": gqa(4, 2, 200, 4, "float16", kv_dtype="float8_e4m3fn", query_tokens=2),
 }
 
 
@@ -89,6 +105,28 @@ def test_append_and_attend(
     check_attend(ops, case, BOUNDS[shape.dtype])
 
 
+@pytest.mark.parametrize("rows", [1, 2, 100])
+@pytest.mark.parametrize("shape", APPEND_SHAPES.values(), ids=APPEND_SHAPES.keys())
+def test_append(shape: AttentionShape, rows: int, folder: Path, device: torch.device, seed: int) -> None:
+    pick = random.Random(seed)
+    case = random_case(shape, [pick.randint(0, 9) for _ in range(rows)], device, seed)
+    check_append(build(shape, 2, folder, device), case, BOUNDS[shape.dtype])
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("shape", FP8_OR_TOKENS.values(), ids=FP8_OR_TOKENS.keys())
+def test_attend_fp8_and_query_tokens(
+    shape: AttentionShape, lengths: list[int], folder: Path, device: torch.device, seed: int
+) -> None:
+    ops, case = build(shape, 1, folder, device), random_case(shape, lengths, device, seed, appended=True)
+    check_attend(ops, case, BOUNDS[shape.dtype])
+
+
+def test_every_fp8_element_is_read_exactly(folder: Path, device: torch.device) -> None:
+    shape = gqa(1, 1, 256, 4, "float32", kv_dtype="float8_e4m3fn")
+    check_elements(build(shape, 1, folder, device), shape, device)
+
+
 @pytest.mark.parametrize("cp", [1, 2, 3, 8])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_combine(shape: AttentionShape, cp: int, folder: Path, device: torch.device, seed: int) -> None:
@@ -119,8 +157,8 @@ def test_pages_beyond_two_to_the_31_elements(folder: Path, device: torch.device,
         small_batch.slots + shift * 64,
     )
     ops, oracle = build(shape, 2, folder, device), TorchOps(shape)
-    rotated = ops.append(small.q, small.k, None, LayerCache(k, None), batch)
-    expected = oracle.append(small.q, small.k, None, small.cache, small_batch)
+    rotated = ops.append(small.new, LayerCache(k, None), batch)
+    expected = oracle.append(small.new, small.cache, small_batch)
     assert relative_error(rotated, expected) <= 1e-2
     got = ops.attend(rotated, LayerCache(k, None), batch)
     wide = LayerCache(small.cache.k.double(), None)
@@ -143,7 +181,7 @@ def test_combine_beyond_two_to_the_31_elements(folder: Path, device: torch.devic
 def test_a_captured_graph_replays_the_launches(folder: Path, device: torch.device, seed: int) -> None:
     shape = gqa(8, 2, 128, 32)
     ops, case = build(shape, 2, folder, device), random_case(shape, [50, 0, 9], device, seed)
-    ops.append(case.q, case.k, case.v, case.cache, case.batch)
+    ops.append(case.new, case.cache, case.batch)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -163,8 +201,9 @@ def test_no_rows(folder: Path, device: torch.device) -> None:
     ops, case = build(shape, 2, folder, device), random_case(shape, [5], device, 0)
     b = case.batch
     none = DecodeBatch(b.cos[:0], b.sin[:0], b.page_table[:0], b.lengths[:0], b.owned[:0], b.slots[:0])
-    assert case.v is not None
-    assert ops.append(case.q[:0], case.k[:0], case.v[:0], case.cache, none).shape == (0, 8, 128)
+    assert isinstance(case.new, GqaProjections)
+    new = GqaProjections(case.new.q[:0], case.new.k[:0], case.new.v[:0])
+    assert ops.append(new, case.cache, none).shape == (0, 8, 128)
     assert ops.attend(case.q[:0], case.cache, none).lse.shape == (0, 8)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from helixc.codegen.build import Cubin, compile_all, render_all
 from helixc.codegen.nvrtc import CompileError, Nvrtc, NvrtcMissing
-from helixc.codegen.problem import KernelSpec, problems
+from helixc.codegen.problem import KernelSpec, attention, exchange, problems, reduce
 from helixc.codegen.render import KernelSource
 from helixc.codegen.template_root import template_root
 from tests.gpu.kernel_cases import gqa, mla
@@ -36,6 +36,33 @@ SHAPES = [
     gqa(9, 3, 64, 4, "float32"),
     gqa(13, 1, 72, 64, "float16"),
 ]
+APPENDS = [
+    mla(128, 64, kv_dtype="float8_e4m3fn"),
+    mla(16, 32, "float32", kv_dtype="float8_e4m3fn"),
+    replace(gqa(64, 4, 128, 32), qk_norm=True),
+    replace(gqa(64, 4, 128, 32, kv_dtype="float8_e4m3fn"), qk_norm=True),
+    gqa(1, 1, 256, 16, "float16", kv_dtype="float8_e4m3fn"),
+    replace(gqa(3, 1, 72, 4), rope_dim=2),
+]
+ATTENTION = [
+    mla(128, 32, kv_dtype="float8_e4m3fn", query_tokens=4),
+    mla(16, 4, "float32", kv_dtype="float8_e4m3fn"),
+    mla(64, 64, query_tokens=2),
+    mla(16, 32, query_tokens=3),
+    mla(64, 32, query_tokens=3),
+    *(mla(heads, block, kv_dtype="float8_e4m3fn") for heads in (16, 32, 64, 128) for block in (32, 64)),
+    mla(16, 64, kv_dtype="float8_e4m3fn", query_tokens=3),
+    mla(32, 32, kv_dtype="float8_e4m3fn", query_tokens=4),
+    mla(64, 32, kv_dtype="float8_e4m3fn", query_tokens=2),
+    gqa(64, 8, 128, 32, kv_dtype="float8_e4m3fn"),
+    gqa(16, 1, 128, 64, kv_dtype="float8_e4m3fn"),
+    gqa(32, 32, 64, 256, kv_dtype="float8_e4m3fn"),
+    gqa(10, 2, 64, 16, kv_dtype="float8_e4m3fn", query_tokens=3),
+    gqa(8, 2, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
+    gqa(8, 2, 128, 64, query_tokens=4),
+    gqa(5, 1, 64, 16, query_tokens=3),
+    gqa(13, 1, 72, 64, "float16", kv_dtype="float8_e4m3fn", query_tokens=3),
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +71,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _specs() -> tuple[KernelSpec, ...]:
-    return tuple(dict.fromkeys(s for arch in ARCHES for shape in SHAPES for s in problems(shape, 2, arch)))
+    whole = (s for arch in ARCHES for shape in SHAPES for s in problems(shape, 2, arch))
+    appends = (problems(shape, 2, arch)[0] for arch in ARCHES for shape in APPENDS)
+    attends = (s for arch in ARCHES for shape in ATTENTION for s in attention(shape, arch))
+    groups = (
+        spec
+        for arch in ARCHES
+        for spec in (
+            *(exchange(mla(128, 64), cp, arch) for cp in (2, 8, 64)),
+            exchange(gqa(64, 8, 128, 64, "float32"), 4, arch),
+            *(reduce(n, 7168, 1e-6, False, "bfloat16", arch) for n in (2, 8)),
+            reduce(2, 2048, 1e-5, True, "float16", arch),
+        )
+    )
+    return tuple(dict.fromkeys((*whole, *appends, *attends, *groups)))
 
 
 def _small() -> tuple[KernelSource, ...]:

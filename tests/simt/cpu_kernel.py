@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
+import hashlib
+import random
+import re
+import struct
 import subprocess
+import sys
+import tempfile
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,11 +28,66 @@ from helixc_runtime import ops_cuda
 from helixc_runtime.attention_shape import AttentionShape
 
 _HERE = Path(__file__).parent
-_TYPES = {"pointer": ctypes.c_uint64, "int32": ctypes.c_int32}
+_MACHINE = ("machine.cpp", "copy_engine.cpp", "tensor_cores.cpp")
+_OPTIONS = (
+    "-std=c++17",
+    "-w",
+    "-Wno-psabi",
+    "-fno-gnu-unique",
+    "-fno-strict-aliasing",
+    "-shared",
+    "-fPIC",
+    "-ffp-contract=fast",
+    "-U_FORTIFY_SOURCE",
+)
+# What follows a kernel's own source.
+_ENTRY = """{text}
+extern "C" {{ unsigned cluster = {cluster}; }}
+extern "C" const char* run_kernel(const simt::Launch* launch, void** values) {{
+  thread_local char variable;
+  return simt::run(*launch, &variable, [](void** values) {{ simt::call({name}, values); }}, values);
+}}
+"""
+_TYPES: dict[str, Any] = {"pointer": ctypes.c_uint64, "int32": ctypes.c_int32, "map": ctypes.c_uint8 * 128}
+_CROWD = 4  # blocks that run interleaved of a kernel that need not have all its blocks on the GPU at once
+
+ASYNCHRONY = ("early", "late", "random")  # simt::Asynchrony
+
+
+class KernelFault(Exception):
+    """A kernel was stopped: a deadlock, a trap, or what the hardware or its programming rules do not allow."""
+
+
+@dataclasses.dataclass
+class Gpu:
+    """What the kernels run on: `processors` multiprocessors, and what decides the order of events (see simt.h)."""
+
+    processors: int
+    seed: int = 0
+    asynchrony: str = "late"
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+
+
+class _Launch(ctypes.Structure):
+    """simt::Launch."""
+
+    _fields_: ClassVar = [
+        ("grid", ctypes.c_uint32 * 3),
+        ("threads", ctypes.c_uint32),
+        ("shared", ctypes.c_uint32),
+        ("cluster", ctypes.c_uint32),
+        ("resident", ctypes.c_uint32),
+        ("asynchrony", ctypes.c_uint32),
+        ("seed", ctypes.c_uint64),
+    ]
 
 
 class CpuKernel:
     """Stands in for LoadedKernel: the "cubin" is a shared library."""
+
+    gpu: Gpu  # of all kernels
 
     def __init__(
         self,
@@ -36,16 +99,32 @@ class CpuKernel:
         shared: int = 0,
         early: bool = False,
     ) -> None:
-        assert shared == 0 and not early, "only the portable kernels run on the CPU"
-        self._run = ctypes.CDLL(str(path)).run
-        self._threads = threads
+        self._name, self._threads, self._shared = name, threads, shared
+        self.library = ctypes.CDLL(str(path))
+        self._run = self.library.run_kernel
+        self._run.restype = ctypes.c_char_p
         self._slots = [_TYPES[kind]() for kind in arguments]
 
-    def launch(self, grid: tuple[int, int, int], *values: int) -> None:
+    def launch(self, grid: tuple[int, int, int], *values: int | ctypes.Array[ctypes.c_uint8]) -> None:
         for slot, value in zip(self._slots, values, strict=True):
-            slot.value = value
+            if isinstance(value, int):
+                slot.value = value
+            else:
+                ctypes.memmove(slot, value, len(value))
         array = (ctypes.c_void_p * len(self._slots))(*[ctypes.addressof(slot) for slot in self._slots])
-        self._run(*grid, self._threads, array)
+        gpu = self.gpu
+        launch = _Launch(
+            threads=self._threads,
+            shared=self._shared,
+            cluster=ctypes.c_uint32.in_dll(self.library, "cluster").value,
+            resident=gpu.processors if self._shared else min(gpu.processors, _CROWD),
+            asynchrony=ASYNCHRONY.index(gpu.asynchrony),
+            seed=gpu.random.getrandbits(62),
+        )
+        launch.grid[:] = grid
+        fault = self._run(ctypes.byref(launch), array)
+        if fault is not None:
+            raise KernelFault(f"{self._name}: {fault.decode()}")
 
 
 def cpu_ops(
@@ -53,43 +132,169 @@ def cpu_ops(
     cp: int,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
-    processors: int,
+    processors: int | Gpu,
     root: Path | None = None,
+    arch: str = "sm_100a",
+    only_append: bool = False,
+    idle: Collection[str] = (),
 ) -> ops_cuda.CudaOps:
-    """CudaOps whose kernels run on the CPU, from the templates at `root`, for `processors` multiprocessors."""
+    """CudaOps whose kernels for `arch` run on the CPU, from the templates at `root`, for `processors` multiprocessors.
+
+    `folder` stands for the artifact. Kernels of the templates `idle` do nothing; with `only_append` there are no others
+    but append. Launches raise KernelFault.
+    """
     root = root or template_root()
-    monkeypatch.setattr(ops_cuda, "check_arch", lambda arches, device: "sm_100a")
+    gpu = processors if isinstance(processors, Gpu) else Gpu(processors)
+    monkeypatch.setattr(ops_cuda, "check_arch", lambda arches, device: arch)
     monkeypatch.setattr(ops_cuda, "LoadedKernel", CpuKernel)
-    # What CudaOps asks of the GPU.
-    properties = types.SimpleNamespace(multi_processor_count=processors)
+    monkeypatch.setattr(CpuKernel, "gpu", gpu, raising=False)
+    # What CudaOps asks of the GPU, and what encodes tensor maps.
+    properties = types.SimpleNamespace(multi_processor_count=gpu.processors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", types.SimpleNamespace(driver=_Driver))
+    empty = torch.empty  # what is not written shall not be what happened to be there
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
+    specs = problems(shape, cp, arch)
+    if only_append:
+        specs = tuple(spec for spec in specs if spec.template == "append")
+        monkeypatch.setattr(ops_cuda, "make_attend", lambda *arguments: None)
     kernels = []
-    for source in render_all(problems(shape, cp, "sm_100a"), root):
+    for source in render_all(specs, root):
         planned = source.config.planned()
-        library = _build(source, folder, root)
+        if planned.template in idle:
+            source = dataclasses.replace(source, text=f'extern "C" void {planned.name}() {{}}')
+        library = build(source, root)
+        link = folder / library.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(library)
         kernels.append(dataclasses.replace(planned, cubin=library.name))
     return ops_cuda.CudaOps(shape, kernels, folder, torch.device("cpu"))
 
 
-def _build(source: KernelSource, folder: Path, root: Path) -> Path:
+def build(source: KernelSource, root: Path | None = None) -> Path:
+    """The shared library of a kernel; equal ones are built once a process."""
+    include = (_HERE / "include", (root or template_root()) / "include")
     name = source.config.spec.name
-    text, library = folder / f"{name}.cpp", folder / f"{name}.so"
+    text = _ENTRY.format(text=source.text, name=name, cluster=source.config.cluster or 1)
+    digest = hashlib.sha256("\0".join(_with_headers(text, include)).encode()).hexdigest()[:16]
+    library = _built() / f"{name}-{digest}.so"
     if not library.exists():
-        text.write_text(
-            f"{source.text}\n"
-            'extern "C" void run(unsigned x, unsigned y, unsigned z, unsigned threads, void** values) {\n'
-            f"  simt::launch({name}, {{x, y, z}}, threads, values);\n}}\n"
-        )
-        paths = [f"-I{_HERE / 'include'}", f"-I{root / 'include'}", "-include", str(_HERE / "cuda_on_cpu.h")]
-        options = [
-            "-O2",
-            "-std=c++17",
-            "-w",
-            "-fno-gnu-unique",
-            "-fno-strict-aliasing",
-            "-shared",
-            "-fPIC",
-            "-ffp-contract=fast",
-        ]
-        subprocess.run(["g++", *options, *paths, str(text), "-o", str(library)], check=True)
+        written = library.with_suffix(".cpp")
+        written.write_text(text)
+        paths = [*(f"-I{path}" for path in (_HERE, *include)), "-include", str(_HERE / "cuda_on_cpu.h")]
+        _compile("-O2", *paths, str(written), str(_machine()), into=library)
     return library
+
+
+def _with_headers(text: str, include: Sequence[Path]) -> list[str]:
+    """`text` and all that it includes, whether directly or not."""
+    seen: dict[str, str] = {}
+
+    def visit(text: str) -> None:
+        for name in re.findall(r'^#include "(.*)"$', text, re.MULTILINE):
+            if name not in seen:
+                seen[name] = next(path for folder in include if (path := folder / name).exists()).read_text()
+                visit(seen[name])
+
+    visit(text)
+    return [text, *seen.values()]
+
+
+@functools.cache
+def _machine() -> Path:
+    """The library of the GPU itself; one for all kernels, so that they share the fibers."""
+    library = _built() / "libsimt.so"
+    _compile("-O3", *(str(_HERE / name) for name in _MACHINE), into=library)
+    return library
+
+
+@functools.cache
+def _build_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="helixc-simt-")
+
+
+def _built() -> Path:
+    return Path(_build_folder().name)
+
+
+def _compile(*arguments: str, into: Path) -> None:
+    subprocess.run(["g++", *_OPTIONS, *arguments, "-o", str(into)], check=True)
+
+
+class _Names:
+    """An enumeration of the driver's, of which only the names matter."""
+
+    def __getattr__(self, name: str) -> str:
+        return name
+
+
+class _Encoded:
+    def __init__(self, content: bytes) -> None:
+        self._content = ctypes.create_string_buffer(content, len(content))
+
+    def getPtr(self) -> int:
+        return ctypes.addressof(self._content)
+
+
+class _Driver:
+    """The driver's part in tensor maps: its checks, and a map that copy_engine.cpp reads."""
+
+    CUtensorMapDataType = CUtensorMapInterleave = CUtensorMapSwizzle = _Names()
+    CUtensorMapL2promotion = CUtensorMapFloatOOBfill = _Names()
+    CUresult = types.SimpleNamespace(
+        CUDA_SUCCESS=types.SimpleNamespace(name="CUDA_SUCCESS"),
+        CUDA_ERROR_INVALID_VALUE=types.SimpleNamespace(name="CUDA_ERROR_INVALID_VALUE"),
+    )
+    cuuint32_t = cuuint64_t = int
+
+    _BYTES: ClassVar = {"UINT8": 1, "BFLOAT16": 2, "FLOAT16": 2, "FLOAT32": 4}
+    _SPAN: ClassVar = {"SWIZZLE_NONE": 0, "SWIZZLE_64B": 64, "SWIZZLE_128B": 128}
+
+    @classmethod
+    def cuTensorMapEncodeTiled(
+        cls,
+        kind: str,
+        rank: int,
+        address: int,
+        dims: list[int],
+        strides: list[int],
+        box: list[int],
+        element_strides: list[int],
+        interleave: str,
+        swizzle: str,
+        promotion: str,
+        fill: str,
+    ) -> tuple[Any, Any]:
+        size = cls._BYTES[kind.removeprefix("CU_TENSOR_MAP_DATA_TYPE_")]
+        span = cls._SPAN[swizzle.removeprefix("CU_TENSOR_MAP_")]
+        assert interleave.endswith("INTERLEAVE_NONE") and fill.endswith("FILL_NONE")
+        assert set(element_strides) == {1}
+        inner = box[0] * size
+        legal = (
+            3 <= rank + 2 <= 7
+            and (len(dims), len(strides), len(box)) == (rank, rank - 1, rank)
+            and address % 16 == 0
+            and all(0 < dim <= 1 << 32 for dim in dims)
+            and all(0 < stride < 1 << 40 and stride % 16 == 0 for stride in strides)
+            and all(0 < side <= 256 for side in box)
+            and inner % 16 == 0
+            and (span == 0 or inner <= span)
+        )
+        if not legal:
+            return cls.CUresult.CUDA_ERROR_INVALID_VALUE, None
+        missing = [0] * (5 - rank)
+        content = struct.pack(
+            "<8sQ3I5I8x5Q4Q",
+            b"simt map",
+            address,
+            rank,
+            size,
+            span,
+            *box,
+            *missing,
+            *dims,
+            *missing,
+            *strides,
+            *missing,
+        )
+        return cls.CUresult.CUDA_SUCCESS, _Encoded(content)

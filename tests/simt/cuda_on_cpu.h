@@ -1,146 +1,122 @@
-// Runs a CUDA kernel's own source on one CPU core: a fiber for each CUDA thread, one thread block at a time.
-// Barriers are real: a fiber waits until every live thread of its block (or warp) has arrived, and a barrier that
-// cannot be completed aborts. Included before the kernel: g++ -x c++ -include cuda_on_cpu.h kernel.cu
+// What CUDA C++ has built in, for a CPU (see simt.h). Included before a kernel's own source.
 #pragma once
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <utility>
-#include <vector>
+
+#include "simt.h"
 
 #define __global__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static
-
-namespace simt {
-
-struct Index { unsigned x, y, z; };
-enum class State { ready, at_warp_barrier, at_block_barrier, done };
-struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack = std::vector<char>(128 << 10);
-  State state;
-  float exchanged;
-};
-
-inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
-inline std::function<void()> body;
-inline unsigned current;
-inline Index thread_index, block_index, block_size, grid_size;
-
-inline void wait(State state) {
-  const unsigned self = current;
-  fibers[self].state = state;
-  swapcontext(&fibers[self].context, &scheduler);
-}
-
-// Lets the block's other threads run: for loops that wait for another GPU.
-inline void yield() { wait(State::ready); }
-
-inline void enter() {
-  body();
-  wait(State::done);
-}
-
-// Releases the fibers [begin, end) if all that are not done wait at `barrier`.
-inline bool release(unsigned begin, unsigned end, State barrier) {
-  bool any = false;
-  for (unsigned i = begin; i < end; ++i) {
-    if (fibers[i].state == State::done) continue;
-    if (fibers[i].state != barrier) return false;
-    any = true;
-  }
-  for (unsigned i = begin; any && i < end; ++i)
-    if (fibers[i].state == barrier) fibers[i].state = State::ready;
-  return any;
-}
-
-inline void run_block() {
-  const unsigned threads = unsigned(fibers.size());
-  for (unsigned i = 0; i < threads; ++i) {
-    Fiber& fiber = fibers[i];
-    fiber.state = State::ready;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    makecontext(&fiber.context, enter, 0);
-  }
-  for (;;) {
-    for (unsigned i = 0; i < threads; ++i) {
-      if (fibers[i].state != State::ready) continue;
-      current = i;
-      thread_index = {i, 0, 0};
-      swapcontext(&scheduler, &fibers[i].context);
-    }
-    if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == State::done; })) return;
-    bool released = std::any_of(fibers.begin(), fibers.end(), [](const Fiber& f) { return f.state == State::ready; });
-    released |= release(0, threads, State::at_block_barrier);
-    for (unsigned warp = 0; warp < threads; warp += 32)
-      released |= release(warp, std::min(warp + 32, threads), State::at_warp_barrier);
-    if (!released) {
-      std::fprintf(stderr, "deadlock: the threads of a block wait at different barriers\n");
-      std::abort();
-    }
-  }
-}
-
-// Like cuLaunchKernel: `values` points to one pointer for each argument.
-template <class... A, size_t... I>
-void launch(void (*kernel)(A...), Index grid, unsigned threads, void** values, std::index_sequence<I...>) {
-  body = [=] { kernel(*static_cast<A*>(values[I])...); };
-  fibers.resize(threads);
-  block_size = {threads, 1, 1};
-  grid_size = grid;
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        block_index = {x, y, z};
-        run_block();
-      }
-}
-
-template <class... A> void launch(void (*kernel)(A...), Index grid, unsigned threads, void** values) {
-  launch(kernel, grid, threads, values, std::index_sequence_for<A...>{});
-}
-
-}  // namespace simt
+#define __cluster_dims__(...)
+#define __grid_constant__
+#define __align__(bytes) alignas(bytes)
+#define __shared__ thread_local  // lie together: each block gets its own (machine.cpp)
 
 #define threadIdx simt::thread_index
 #define blockIdx simt::block_index
 #define blockDim simt::block_size
 #define gridDim simt::grid_size
 
-inline void __syncthreads() { simt::wait(simt::State::at_block_barrier); }
-inline void __syncwarp() { simt::wait(simt::State::at_warp_barrier); }
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
-  const unsigned self = simt::current;
-  simt::fibers[self].exchanged = value;
-  __syncwarp();
-  const float other = simt::fibers[self ^ unsigned(mask)].exchanged;
-  __syncwarp();
-  return other;
+inline void __syncthreads() { simt::block_barrier(0, simt::kAllThreads); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) {
+  simt::meet("__syncwarp", mask, nullptr, [](const simt::Lanes&) {});
+}
+[[noreturn]] inline void __trap() { simt::fail("__trap"); }
+
+namespace simt {
+
+struct Shuffle { unsigned bits, from, result; };
+
+template <class T> T shuffle(const char* what, unsigned mask, T value, unsigned from) {
+  static_assert(sizeof(T) == 4, "one word");
+  Shuffle mine = {0, from, 0};
+  std::memcpy(&mine.bits, &value, 4);
+  meet(what, mask, &mine, [](const Lanes& lanes) {
+    for (unsigned i = 0; i < 32; ++i) {
+      if (!lanes.has(i)) continue;
+      Shuffle& to = lanes.at<Shuffle>(i);
+      if (!lanes.has(to.from)) fail("a shuffle reads lane %u, which does not take part", to.from);
+      to.result = lanes.at<Shuffle>(to.from).bits;
+    }
+  });
+  std::memcpy(&value, &mine.result, 4);
+  return value;
 }
 
-inline float __int_as_float(unsigned bits) {
+struct Vote { unsigned mine, result; };
+
+inline unsigned ballot(const char* what, unsigned mask, bool x) {
+  Vote vote = {x, 0};
+  meet(what, mask, &vote, [](const Lanes& lanes) {
+    unsigned all = 0;
+    for (unsigned i = 0; i < 32; ++i)
+      if (lanes.has(i)) all |= lanes.at<Vote>(i).mine << i;
+    for (unsigned i = 0; i < 32; ++i)
+      if (lanes.has(i)) lanes.at<Vote>(i).result = all;
+  });
+  return vote.result;
+}
+
+}  // namespace simt
+
+template <class T> T __shfl_sync(unsigned mask, T x, int from) {
+  return simt::shuffle("__shfl_sync", mask, x, unsigned(from) % 32);
+}
+template <class T> T __shfl_xor_sync(unsigned mask, T x, int bits) {
+  return simt::shuffle("__shfl_xor_sync", mask, x, (simt::lane() ^ unsigned(bits)) % 32);
+}
+template <class T> T __shfl_up_sync(unsigned mask, T x, unsigned distance) {
+  const unsigned lane = simt::lane();
+  return simt::shuffle("__shfl_up_sync", mask, x, lane < distance ? lane : lane - distance);
+}
+template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned distance) {
+  const unsigned lane = simt::lane();
+  return simt::shuffle("__shfl_down_sync", mask, x, lane + distance > 31 ? lane : lane + distance);
+}
+inline unsigned __ballot_sync(unsigned mask, bool x) { return simt::ballot("__ballot_sync", mask, x); }
+inline int __any_sync(unsigned mask, bool x) { return simt::ballot("__any_sync", mask, x) != 0; }
+inline int __all_sync(unsigned mask, bool x) { return simt::ballot("__all_sync", mask, !x) == 0; }
+inline int __reduce_add_sync(unsigned mask, int x) {
+  struct Sum { int mine, result; } sum = {x, 0};
+  simt::meet("__reduce_add_sync", mask, &sum, [](const simt::Lanes& lanes) {
+    int all = 0;
+    for (unsigned i = 0; i < 32; ++i)
+      if (lanes.has(i)) all += lanes.at<Sum>(i).mine;
+    for (unsigned i = 0; i < 32; ++i)
+      if (lanes.has(i)) lanes.at<Sum>(i).result = all;
+  });
+  return sum.result;
+}
+
+inline float __int_as_float(int bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
 }
-
+inline float __uint_as_float(unsigned bits) { return __int_as_float(int(bits)); }
 inline int __float_as_int(float x) {
   int bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
 }
+inline unsigned __float_as_uint(float x) { return unsigned(__float_as_int(x)); }
 
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+
+using std::max;
 using std::min;
 inline long long min(long long a, long long b) { return a < b ? a : b; }
+inline long long max(long long a, long long b) { return a < b ? b : a; }

@@ -23,11 +23,15 @@ from helixc_runtime.models.layers import rms_norm
 from helixc_runtime.ops import Partial
 from helixc_runtime.ops_torch import TorchOps
 from tests.gpu.kernel_cases import check_partial, gqa, mla, relative_error
-from tests.simt.cpu_kernel import _build
+from tests.simt.cpu_kernel import CpuKernel, Gpu, build
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 NOTHING = -(2**31)  # kNothing of inbox.cuh as int32
+ARGUMENTS = {  # in order; the limit in nanoseconds is as wide as a pointer
+    "exchange": ("pointer",) * 7 + ("int32",) * 4,
+    "reduce": ("pointer",) * 10 + ("int32",) * 3,
+}
 BOUNDS: dict[Dtype, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 MAX_ROWS = 5
 PATIENCE_S = 20.0
@@ -41,13 +45,13 @@ class Gpus:
         self, spec: KernelSpec, members: int, inbox_words: int, folder: Path, root: Path | None = None
     ) -> None:
         (source,) = render_all([spec], root or template_root())
-        library = _build(source, folder, root or template_root())
-        self.threads, self.members = source.config.threads, members
-        self.libraries = []
+        library, arguments = build(source, root), ARGUMENTS[spec.template]
+        self.members, self.threads = members, source.config.threads
+        self.kernels = []
         for rank in range(members):
-            copy = library.with_suffix(f".{rank}.so")
+            copy = folder / f"{library.stem}.{rank}.so"
             shutil.copy(library, copy)
-            self.libraries.append(ctypes.CDLL(str(copy)))
+            self.kernels.append(CpuKernel(copy, spec.name, arguments, self.threads, torch.device("cpu")))
         self.inboxes = [torch.full((inbox_words,), NOTHING, dtype=torch.int32) for _ in range(members)]
         self.addresses = torch.tensor([inbox.data_ptr() for inbox in self.inboxes])
         self.counts = torch.zeros(members, dtype=torch.int32)
@@ -56,17 +60,14 @@ class Gpus:
 
     def launch(self, rank: int, index: int, blocks: int, pointers: list[Tensor | None], sizes: list[int]) -> None:
         """One launch on GPU `rank`; the group's arguments stand between the kernel's pointers and its sizes."""
-        before = [ctypes.c_uint64(0 if t is None else t.data_ptr()) for t in pointers]
-        group = [ctypes.c_uint64(t.data_ptr()) for t in (self.addresses, self.counts[rank:], self.status[rank])]
-        limit, where = ctypes.c_uint64(int(self.limit_s * 1e9)), [ctypes.c_int32(rank), ctypes.c_int32(index)]
-        slots = [*before, *group, limit, *where, *map(ctypes.c_int32, sizes)]
-        array = (ctypes.c_void_p * len(slots))(*[ctypes.addressof(slot) for slot in slots])
-        self.libraries[rank].run(blocks, 1, 1, self.threads, array)
+        before = [0 if t is None else t.data_ptr() for t in pointers]
+        group = [t.data_ptr() for t in (self.addresses, self.counts[rank:], self.status[rank])]
+        self.kernels[rank].launch((blocks, 1, 1), *before, *group, int(self.limit_s * 1e9), rank, index, *sizes)
 
     def slow_down(self, rank: int, times: int) -> None:
         """GPU `rank` sleeps so often, before one in eight reads of its inbox."""
         for name, value in (("slow_times", times), ("slow_one_in", 8), ("slow_microseconds", 3000)):
-            ctypes.c_uint.in_dll(self.libraries[rank], name).value = value
+            ctypes.c_uint.in_dll(self.kernels[rank].library, name).value = value
 
     def together(self, body: Callable[[int], None], ranks: range | None = None) -> None:
         """`body(rank)` on all GPUs at once."""
@@ -151,9 +152,10 @@ def check_exchanges(gpus: Exchange, steps: int, calls: int, seed: int, slow: int
 
 
 @pytest.fixture
-def seed() -> int:
+def seed(monkeypatch: pytest.MonkeyPatch) -> int:
     value = random.randrange(1 << 30)
     print("seed", value)
+    monkeypatch.setattr(CpuKernel, "gpu", Gpu(4, value), raising=False)
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 
 from helixc.codegen.template_root import template_root
 from helixc_runtime.attention_shape import AttentionShape
-from tests.gpu.kernel_cases import check_append, check_attend, check_combine, gqa, mla, random_case
+from helixc_runtime.ops import GqaProjections, MlaProjections
+from helixc_runtime.ops_torch import TorchOps
+from tests.gpu.kernel_cases import APPEND_SHAPES, check_append, check_attend, check_combine, gqa, mla, random_case
 from tests.simt.cpu_kernel import cpu_ops
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -50,27 +53,30 @@ def test_kernels_agree_with_the_oracle(
     ("right", "wrong"),
     [
         ("dot * C::scale", "dot * C::scale * 1.01f"),
-        ("if (!owned[row]) return;", ""),
         ("if (is_minus_infinity(part_lse)) continue;", ""),
         ("expf(part_lse - largest)", "exp2f(part_lse - largest)"),
         ("if (position < end) {", "if (position / C::block <= (end - 1) / C::block) {"),
-        ("y * cos[i] + x * sin[i]", "y * cos[i] - x * sin[i]"),
     ],
 )
 def test_a_wrong_kernel_is_noticed(right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = tmp_path / "templates"
-    shutil.copytree(template_root(), root)
-    changed = 0
-    for header in (root / "include").rglob("*.cuh"):
-        text = header.read_text()
-        changed += text.count(right)
-        header.write_text(text.replace(right, wrong))
-    assert changed == 1
+    root = _changed(tmp_path, right, wrong)
     seed = random.randrange(1 << 30)
     print("seed", seed)
     _check_all(tmp_path, monkeypatch, template_root(), seed)  # the same problem, unchanged
     with pytest.raises(AssertionError):
         _check_all(tmp_path / "wrong", monkeypatch, root, seed)
+
+
+def _changed(folder: Path, right: str, wrong: str) -> Path:
+    """A copy of the templates in which `right`, which occurs once, is `wrong`."""
+    root, changed = folder / "templates", 0
+    shutil.copytree(template_root(), root)
+    for header in (root / "include").rglob("*.cuh"):
+        text = header.read_text()
+        changed += text.count(right)
+        header.write_text(text.replace(right, wrong))
+    assert changed == 1, f"{right} occurs {changed} times"
+    return root
 
 
 def _check_all(folder: Path, monkeypatch: pytest.MonkeyPatch, root: Path, seed: int) -> None:
@@ -81,3 +87,106 @@ def _check_all(folder: Path, monkeypatch: pytest.MonkeyPatch, root: Path, seed: 
     check_append(ops, case, 1e-5)
     check_attend(ops, case, 1e-5)
     check_combine(ops, shape, 2, CPU, seed, 1e-5)
+
+
+@pytest.mark.parametrize("shape", APPEND_SHAPES.values(), ids=APPEND_SHAPES.keys())
+def test_append_agrees_with_the_oracle(shape: AttentionShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as many tokens as fill no warp, and for none."""
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    ops = cpu_ops(shape, 1, tmp_path, monkeypatch, 1, only_append=True)
+    lengths = [random.Random(seed).randint(0, 9) for _ in range(7)]
+    for rows in ([3], lengths, [0, 0]):
+        check_append(ops, random_case(shape, rows, CPU, seed), BOUNDS[shape.dtype])
+
+
+def test_padding_writes_nothing_and_its_slots_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    shape = replace(gqa(4, 2, 64, 4, kv_dtype="float8_e4m3fn"), qk_norm=True)
+    ops = cpu_ops(shape, 1, tmp_path, monkeypatch, 1, only_append=True)
+    case = random_case(shape, [5, 0, 0, 9], CPU, seed)
+    slots = case.batch.slots.masked_fill(case.batch.owned == 0, -(1 << 60))
+    check_append(ops, replace(case, batch=replace(case.batch, slots=slots)), BOUNDS[shape.dtype])
+
+
+def test_what_quantizing_makes_of_extremes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros, infinity, NaN, the limits of a scale, subnormals and ties: the bytes that quantize.py makes."""
+    shape = gqa(1, 1, 128, 4, "float32", kv_dtype="float8_e4m3fn")
+    ops = cpu_ops(shape, 1, tmp_path, monkeypatch, 1, only_append=True)
+    largest = [448.0, 448.0001, 2.0**127, 1e-44, -torch.inf, torch.nan, 464.0, 1.0, 0.0]
+    case, like = (random_case(shape, [1] * len(largest), CPU, 0) for _ in range(2))
+    v = torch.arange(128).sub(64).mul(2.0**-4).repeat(len(largest), 1, 1)  # under the scale of 448, half are ties
+    v[1] *= 2.0**-9
+    v[..., 5] = torch.tensor(largest).unsqueeze(1)
+    v[-1] = 0.0
+    assert isinstance(case.new, GqaProjections)
+    for each, cache in ((ops, case.cache), (TorchOps(shape), like.cache)):
+        batch = replace(case.batch, owned=torch.ones_like(case.batch.owned))
+        each.append(replace(case.new, v=v), cache, batch)
+    assert case.cache.v is not None and like.cache.v is not None
+    assert case.cache.v_scale is not None and like.cache.v_scale is not None
+    assert torch.equal(case.cache.v_scale, like.cache.v_scale)
+    got, want = (cache.v.view(torch.uint8) for cache in (case.cache, like.cache))
+    nan = want & 0x7F == 0x7F  # of either sign
+    assert torch.equal(got[~nan], want[~nan]) and (got[nan] & 0x7F == 0x7F).all()
+
+
+def test_append_of_strides_that_no_load_fits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = mla(2, 4)
+    ops, case = cpu_ops(shape, 1, tmp_path, monkeypatch, 1, only_append=True), random_case(shape, [5, 6], CPU, 0)
+    assert isinstance(case.new, MlaProjections)
+    wide = torch.zeros(2, 576 + 8, dtype=torch.bfloat16)
+    odd = torch.zeros(2, 576 + 3, dtype=torch.bfloat16)
+    ops.append(replace(case.new, kv=wide[:, :576]), case.cache, case.batch)
+    for new, message in (
+        (replace(case.new, kv=odd[:, :576]), r"kv has strides \(579, 1\), expected multiples of 8 and then 1"),
+        (replace(case.new, kv=wide[:, 4:580]), "kv does not start at a multiple of 16 bytes"),
+        (replace(case.new, q_rope=case.new.q_rope.transpose(1, 2).contiguous().transpose(1, 2)), "q_rope has strides"),
+        (replace(case.new, norm=case.new.norm.float()), "norm is float32, expected bfloat16"),
+        (replace(case.new, norm=case.new.norm.repeat(2)[::2]), r"norm has strides \(2,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.append(new, case.cache, case.batch)
+    with pytest.raises(ValueError, match="cos does not start at a multiple of 16 bytes"):
+        cos = torch.zeros(2 * 32 + 1)[1:].view(2, 32)
+        ops.append(case.new, case.cache, replace(case.batch, cos=cos))
+
+
+MLA, QWEN3 = "mla fp8", "qwen3 fp8"
+
+
+@pytest.mark.parametrize(
+    ("shape", "right", "wrong"),
+    [
+        (MLA, "/ L::kNormed + C::norm_eps", "/ L::kNormed"),
+        (QWEN3, "/ L::kNormed + C::norm_eps", "/ L::kNormed + 0.1f * C::norm_eps"),
+        (MLA, "kNormed = C::mla ? kPlain : C::head_dim", "kNormed = C::head_dim"),
+        (QWEN3, "from_float<Element>(to_float(weight.chunks[chunk].items[i]) * to_float(normed))", "normed"),
+        (QWEN3, "load<C, L::kNormedChunks>(a.k_norm, a.k_norm", "load<C, L::kNormedChunks>(a.q_norm, a.q_norm"),
+        (MLA, "? 2 * pair + 1 : pair]", "? 2 * pair ^ 3 : pair]"),
+        (QWEN3, "first + L::kRunChunks", "first"),
+        (QWEN3, "b * cos + a * sin", "b * cos - a * sin"),
+        ("llama", "if (active) store<C>(a.q_out", "if (active && a.owned[row]) store<C>(a.q_out"),
+        ("llama", "return row < a.rows && a.owned[row];", "return row < a.rows;"),
+        (MLA, "return row < a.rows && a.owned[row];", "return row < a.rows;"),
+        (MLA, "scales[group] = scale", "scales[group > 0 ? group - 1 : 0] = scale"),
+        (MLA, "column<C>(chunk, lane) / kScaleColumns == group", "chunk == group"),
+        (MLA, "at / kScaleColumns == group", "at / kScaleColumns == (group ^ 1)"),
+        (MLA, "0x7fffffu - 0x600000u", "0x7fffffu"),
+        (MLA, "254 - int(scale)", "255 - int(scale)"),
+        ("llama", "slot % C::block", "(slot + 1) % C::block"),
+        ("llama", "a.cache_v, a.v_scale, slot, kv_head", "a.cache_v, a.v_scale, slot, 0"),
+    ],
+)
+def test_a_wrong_append_is_noticed(
+    shape: str, right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = _changed(tmp_path, right, wrong)
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    ops = cpu_ops(APPEND_SHAPES[shape], 1, tmp_path, monkeypatch, 1, root, only_append=True)
+    with pytest.raises(AssertionError):
+        check_append(
+            ops, random_case(APPEND_SHAPES[shape], [5, 9, 0, 70, 8], CPU, seed), BOUNDS[APPEND_SHAPES[shape].dtype]
+        )

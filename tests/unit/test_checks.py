@@ -95,6 +95,13 @@ class Check:
             "",
         ),
         (
+            DENSE + "context_servers: {kv_cache_config: {dtype: fp8}}\ngeneration_servers: {}",
+            "HX406",
+            "fp8",
+            "once",
+        ),
+        (DENSE + "parallelism: ctx tp1 / gen cp2\nkv_cache_config: {dtype: fp8}", None, "", ""),
+        (
             DENSE + "parallelism: gen cp2\nmax_seq_len: 640\nkv_cache_config: {max_tokens: 5120}",
             "HX504",
             "5120",
@@ -321,6 +328,29 @@ def test_an_unusable_dtype_of_the_checkpoint_is_a_finding(check: Check, tmp_path
     finding, pointed_at = check.one("model: odd\nparallelism: gen\n")
     assert (finding.code, pointed_at) == ("HX402", "odd")
     assert check("model: odd\ndtype: bfloat16\nparallelism: gen\n").ok
+
+
+def test_estimates_count_an_fp8_cache_s_bytes(check: Check) -> None:
+    """HX307 and HX305: elements and scales, a little over half of 16 bits."""
+    text = f"{DENSE}parallelism: gen cp2\nmax_seq_len: 1000\nhardware: {{gpu: h100}}\nkv_cache_config: {{dtype: %s}}\n"
+    from_on = {}
+    for dtype in ("bfloat16", "fp8"):
+        finding, _ = check.one(text % dtype)
+        (tokens,) = re.findall(r"cp pays from ([0-9,]+) tokens", str(finding.help))
+        from_on[dtype] = int(tokens.replace(",", ""))
+    assert from_on["fp8"] / from_on["bfloat16"] == pytest.approx(256 / 129, rel=1e-3)
+    finding, _ = check.one(f"{DENSE}parallelism: gen tp16\nkv_cache_config: {{dtype: fp8}}\n")
+    assert f"instead of {byte_size(32 * 8 * 2 * 129)}" in finding.message
+
+
+def test_an_fp8_cache_fits_where_bfloat16_does_not(check: Check) -> None:
+    text = f"{DENSE}parallelism: gen cp2\nmax_batch_size: 12\nhardware: {{gpu: h100}}\n"
+    text += "max_seq_len: 131072\nkv_cache_config: {dtype: %s}\n"
+    finding, _ = check.one(text % "bfloat16")
+    assert finding.code == "HX503"
+    assert check(text % "fp8").diagnostics == ()
+    finding, _ = check.one((text % "fp8").replace("size: 12", "size: 24"))
+    assert finding.code == "HX503" and any(f"x {byte_size(32 * 8 * 2 * 129)};" in line for line in finding.notes)
 
 
 def test_a_head_without_a_kernel(check: Check, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ def test_names_say_what_a_kernel_is_specialised_on() -> None:
     assert names["sm_100a"] == [append, "partial_mla_h64_d576_b32_bf16", "merge_p512_bf16", combine]
     assert problems(gqa(8, 1, 128, 32), 1, "sm_90a")[-1].name == "combine_cp1_p128_bf16"
     assert problems(gqa(8, 1, 128, 32, "float16"), 1, "")[1].name == "partial_gqa_h8_kv1_d128_b32_f16"
+    fp8 = mla(64, 32, kv_dtype="float8_e4m3fn", query_tokens=4)
+    assert attention(fp8, "sm_100a")[0].name == "partial_mla_h64_d576_b32_bf16_kvf8_q4"
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,19 @@ def test_names_say_what_a_kernel_is_specialised_on() -> None:
         (gqa(8, 1, 96, 64), False),
         (gqa(8, 1, 128, 4), False),
         (gqa(8, 1, 128, 96), False),
+        (mla(64, 32, query_tokens=2), True),
+        (mla(128, 64, query_tokens=4), True),
+        (mla(64, 32, query_tokens=5), False),
+        (gqa(8, 1, 128, 64, query_tokens=2), True),
+        (gqa(8, 1, 128, 64, query_tokens=3), False),  # 24 queries a KV head
+        (mla(64, 32, kv_dtype="float8_e4m3fn"), True),
+        (mla(16, 64, kv_dtype="float8_e4m3fn", query_tokens=3), True),
+        (mla(64, 32, "float16", kv_dtype="float8_e4m3fn"), False),
+        (gqa(8, 1, 128, 64, kv_dtype="float8_e4m3fn"), True),
+        (gqa(4, 1, 64, 16, kv_dtype="float8_e4m3fn", query_tokens=4), True),
+        (gqa(8, 1, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=3), False),
+        (gqa(8, 1, 128, 192, kv_dtype="float8_e4m3fn"), False),  # no tile of 128 tokens is filled by it
+        (gqa(8, 1, 128, 64, "float16", kv_dtype="float8_e4m3fn"), False),
     ],
 )
 def test_hopper_kernels_where_they_serve_the_shape(shape: AttentionShape, hopper: bool) -> None:
@@ -49,11 +65,64 @@ def test_hopper_kernels_where_they_serve_the_shape(shape: AttentionShape, hopper
         assert ("partial" not in templates) == expected, (arch, templates)
 
 
+@pytest.mark.parametrize(
+    ("heads", "tokens", "row_tokens", "cluster", "width"),
+    [
+        (16, 1, 1, 1, 16),
+        (16, 2, 2, 1, 32),
+        (16, 3, 3, 1, 64),
+        (32, 1, 1, 1, 32),
+        (32, 3, 3, 2, 64),
+        (32, 4, 4, 2, 64),
+        (64, 2, 2, 2, 64),
+        (64, 3, 1, 1, 64),  # 192 queries are too many for a cluster
+        (64, 4, 2, 2, 64),
+        (128, 4, 1, 2, 64),
+    ],
+)
+def test_query_tokens_share_tiles_as_far_as_a_cluster_has_room(
+    heads: int, tokens: int, row_tokens: int, cluster: int, width: int
+) -> None:
+    shape = mla(heads, 64, kv_dtype="float8_e4m3fn", query_tokens=tokens)
+    schedule, partial, merge = attention(shape, "sm_90a")
+    assert {dict(spec.params)["row_tokens"] for spec in (schedule, partial, merge)} == {row_tokens}
+    choice = configure(partial)
+    assert (choice.cluster, choice.width) == (cluster, width)
+    assert choice.dynamic_shared is not None and choice.dynamic_shared <= 232_448
+
+
 @pytest.mark.parametrize("group", [*range(1, 18), 128])
 def test_head_tiles_cover_the_group(group: int) -> None:
     tile = configure(problems(gqa(group, 1, 64, 32), 1, "sm_100a")[1]).head_tile
     assert tile is not None and 1 <= tile <= 8
     assert -(-group // tile) == -(-group // 8)  # as few tiles as with full ones
+
+
+@pytest.mark.parametrize(
+    ("shape", "lanes", "columns"),
+    [
+        (mla(128, 64), 32, 8),
+        (mla(128, 64, "float32"), 32, 4),
+        (gqa(64, 8, 128, 64), 8, 8),  # a lane has both halves of its pairs
+        (gqa(64, 8, 128, 64, "float32"), 16, 4),
+        (gqa(1, 1, 256, 64), 16, 8),
+        (gqa(9, 3, 72, 64), 16, 4),  # 36 columns a half
+        (gqa(9, 3, 8, 64), 1, 4),
+        (replace(gqa(9, 3, 64, 64), interleaved=True), 8, 8),
+        (replace(gqa(9, 3, 72, 64), rope_dim=2), 32, 1),
+    ],
+)
+def test_an_append_s_loads_fit_its_columns(shape: AttentionShape, lanes: int, columns: int) -> None:
+    config = configure(problems(shape, 1, "sm_90a")[0])
+    assert (config.lanes, config.columns) == (lanes, columns)
+
+
+def test_norms_are_part_of_an_append() -> None:
+    shape = replace(gqa(8, 1, 128, 32), qk_norm=True, norm_eps=1e-5)
+    params = configure(problems(shape, 1, "sm_90a")[0]).params
+    assert (params["qk_norm"], params["norm_eps"]) == (True, 1e-5)
+    with pytest.raises(ValueError, match="MLA has no q/k norms"):
+        replace(mla(8, 32), qk_norm=True)
 
 
 def _arch(heads: int, kv_heads: int) -> ModelArch:
@@ -107,9 +176,28 @@ def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     assert planned.params["scale"] == 0.125 and planned.cubin is None
 
 
+def test_names_are_unique() -> None:
+    shapes = [
+        shape
+        for kv_dtype in ("bfloat16", "float8_e4m3fn")
+        for tokens in (1, 2, 3, 4)
+        for shape in (
+            mla(16, 32, kv_dtype=kv_dtype, query_tokens=tokens),
+            gqa(8, 1, 128, 32, kv_dtype=kv_dtype, query_tokens=tokens),
+        )
+    ]
+    specs = {spec for shape in shapes for spec in attention(shape, "sm_100a")}
+    assert len({spec.name for spec in specs}) == len(specs) == len(shapes) + 2  # and a merge of each width
+    hopper = {spec for shape in shapes for spec in attention(shape, "sm_90a")}
+    assert len({spec.name for spec in hopper}) == len(hopper)
+
+
 def test_dims_no_kernel_serves() -> None:
-    with pytest.raises(ValueError, match="head_dim 12 is not a multiple of 8"):
-        configure(problems(gqa(2, 1, 12, 32), 1, "sm_90a")[1])
+    for spec in problems(gqa(2, 1, 12, 32), 1, "sm_100a")[:2]:
+        with pytest.raises(ValueError, match=f"{spec.name}: head_dim 12 is not a multiple of 8"):
+            configure(spec)
+    with pytest.raises(ValueError, match="rope_dim 0 leaves nothing to rotate"):
+        configure(problems(replace(gqa(2, 1, 64, 32), rope_dim=0), 1, "sm_90a")[0])
     with pytest.raises(ValueError, match="does not fit 49152 bytes of shared memory"):
         configure(problems(gqa(2, 1, 8192, 32), 1, "sm_90a")[1])
 

@@ -22,6 +22,8 @@ from tests.threads import Call, calls_of
 DEPLOYMENTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("deepseek-v3-lite", {"tp": 2, "pp": 2}, {"tp": 2, "cp": 2, "pp": 2, "ep": 2}),
     ("llama", {"tp": 2}, {"tp": 2, "cp": 3, "pp_partition": (3, 1), "pp": 2}),
+    ("llama", {"tp": 3, "kv_dtype": "fp8"}, {"tp": 2, "cp": 2, "kv_dtype": "fp8"}),
+    ("deepseek-v2", {"kv_dtype": "fp8"}, {"cp": 3, "kv_dtype": "fp8"}),
     ("deepseek-v2", {}, {"cp": 4, "ep": 4}),
     ("qwen3-moe", {"pp": 3}, {"tp": 4}),
     ("qwen3", {"dp": True, "tp": 2}, {"tp": 2, "cp": 2, "dp": True, "pp": 2}),

@@ -56,10 +56,13 @@ def test_deployments_conform(file: Path, schema: dict[str, Any]) -> None:
         {"hardware": {"gpu": "H100"}},
         {"generation_servers": {"tensor_parallel_size": 0}},
         {"cp_config": {"cp_type": "RING"}},
+        {"dtype": "fp8"},
+        {"kv_cache_config": {"dtype": "fp8_e5m2"}},
     ],
 )
 def test_what_check_refuses_does_not_conform(change: dict[str, Any], schema: dict[str, Any]) -> None:
     sound = {"model": "llama-3.1-8b", "parallelism": "ctx tp2 / gen tp1 cp2"}
     validator = jsonschema.Draft202012Validator(schema)
     assert validator.is_valid(sound)
+    assert validator.is_valid(sound | {"kv_cache_config": {"dtype": "fp8"}})
     assert not validator.is_valid(sound | change)

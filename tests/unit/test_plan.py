@@ -10,6 +10,8 @@ from dataclasses import replace
 
 import pytest
 
+from helixc.plan.collectives import by_request, handoff
+from helixc.plan.footprint import footprints
 from helixc.plan.lower import lower
 from helixc.plan.mapping import Mapping, stages
 from helixc.plan.place import place
@@ -108,6 +110,36 @@ def test_kv_per_token_of_deepseek_v3() -> None:
     """576 elements a layer, the same on every rank: MLA's latent is not split by heads."""
     plan = plan_of("deepseek-v3", role(tp=8), role(tp=2, cp=4), dtype="bfloat16")
     assert {r.memory.kv_per_token for r in plan.ranks} == {61 * 576 * 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "token"),
+    [
+        ("deepseek-v3", {"tp": 2, "cp": 4}, 61 * (576 + 5)),  # four scales of the latent and one of the rotary columns
+        ("llama-3.1-70b", {"tp": 2, "cp": 4}, 80 * 4 * 2 * (128 + 1)),
+        ("llama-3.1-70b", {"tp": 2, "pp": 2}, 40 * 4 * 2 * (128 + 1)),
+    ],
+)
+def test_an_fp8_token_is_its_elements_and_scales(model: str, sizes: dict[str, int], token: int) -> None:
+    """What is stored, handed over, read by the kernels and compared with the GPU is the same number of bytes."""
+    context, generation = role(tp=2, kv_dtype="fp8"), role(kv_dtype="fp8", **sizes)
+    plan = plan_of(model, context, generation, dtype="bfloat16")
+    assert plan.model.kv_dtype == "float8_e4m3fn"
+    ranks = [plan.ranks[i] for i in plan.instances[1].ranks]
+    assert {r.memory.kv_per_token for r in ranks} == {token}
+    weights_and_workspace = {(r.memory.total - r.memory.weights - r.memory.workspace) for r in ranks}
+    assert weights_and_workspace == {token * r.memory.kv_capacity_tokens for r in ranks}
+    bfloat16 = plan_of(model, role(tp=2), role(**sizes), dtype="bfloat16")
+    kept = [[r.memory.kv_per_token for r in p.ranks if r.role == "context"] for p in (plan, bfloat16)]
+    assert kept[0] == kept[1], "a prompt's KV is converted when it is handed over"
+    deployment = lower(spec(model, context, generation, dtype="bfloat16"), plan.model.arch)
+    assert {f.memory.kv_per_token for f in footprints(deployment, deployment.generation)} == {token}
+    (moved,) = by_request(plan, *plan.instances)
+    for rank in ranks:
+        programs = handoff(plan, *plan.instances, moved)
+        assert sum(op.size for op in programs[rank.rank] if op.kind == "take") == token
+    assert plan_from_json(to_json(plan)) == plan
+    assert "bfloat16, KV float8_e4m3fn, weights" in to_text(plan) and "KV float" not in to_text(bfloat16)
 
 
 def test_shared_gpus_start_over() -> None:

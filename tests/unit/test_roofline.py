@@ -11,7 +11,7 @@ from helixc_runtime.manifest import Kernel, Plan
 from tests.deployments import role, spec
 
 
-def plan_of(model: str, **generation: int) -> Plan:
+def plan_of(model: str, **generation: int | str) -> Plan:
     deployed = spec(model, None, role(batch=1, block=64, **generation), load_format="dummy", dtype="bfloat16")
     return make_plan(deployed, read_model(model), ("sm_90a",))
 
@@ -44,6 +44,15 @@ def test_the_exchange_s_combine_and_the_append() -> None:
     combine, append = (roofline(plan, kernel(plan, template), None) for template in ("combine", "append"))
     assert combine is not None and combine.bytes == 3 * 8 * (512 * 2 + 4)
     assert append is not None and append.bytes == 2 * 16 * 576 * 2 + 2 * 576 * 2
+
+
+def test_an_fp8_cache_is_read_with_its_scales() -> None:
+    plan = plan_of("llama-3.1-8b", max_seq_len=131072, cp=4, kv_dtype="fp8")
+    partial, append = (next(k for k in plan.kernels if k.template.endswith(name)) for name in ("partial", "append"))
+    read, written = roofline(plan, partial, None), roofline(plan, append, None)
+    assert read is not None and read.bytes == 131072 // 4 * 8 * 2 * (128 + 1)
+    queries, computed = 2 * 32 * 128 * 2, 8 * 2 * 128 * 2  # bytes: queries in and out, k and v in
+    assert written is not None and written.bytes == queries + computed + 8 * 2 * (128 + 1)
 
 
 def test_a_schedule_has_no_roofline() -> None:

@@ -104,6 +104,15 @@ generation_servers: {{tensor_parallel_size: 4, kv_cache_config: {{max_tokens: 20
     assert [r.free_gpu_memory_fraction for r in roles] == [1, 1]
 
 
+@pytest.mark.parametrize("where", ["top", "roles"])
+def test_an_fp8_cache_is_inherited_or_given_by_role(where: str) -> None:
+    given = "kv_cache_config: {dtype: fp8}\n"
+    sections = "context_servers: {%s}\ngeneration_servers: {%s}\n"
+    inner = given.strip() if where == "roles" else ""
+    spec = spec_of(HEAD + (given if where == "top" else "") + sections % (inner, inner))
+    assert spec.context is not None and [spec.context.kv_dtype, spec.generation.kv_dtype] == ["fp8", "fp8"]
+
+
 @pytest.mark.parametrize("config", ["cp_config", "kv_cache_config"])
 @pytest.mark.parametrize("where", ["top", "context_servers", "generation_servers"])
 def test_one_block_size_serves_everything(config: str, where: str) -> None:
@@ -149,6 +158,15 @@ def test_one_block_size_serves_everything(config: str, where: str) -> None:
         ("kv_cache_config: {free_gpu_memory_fraction: .nan}", "HX104", ".nan", "number"),
         ("dtype: bfloat", "HX105", "bfloat", "did you mean `bfloat16`"),
         ("dtype: int4", "HX105", "int4", "float16"),
+        ("dtype: fp8", "HX105", "fp8", "write auto, float32, bfloat16 or float16"),
+        ("dtype: bf16", "HX105", "bf16", "did you mean `bfloat16`"),
+        ("kv_cache_config: {dtype: FP8}", "HX105", "FP8", "did you mean `fp8`"),
+        ("kv_cache_config: {dtype: fp8_e4m3}", "HX105", "fp8_e4m3", "did you mean `fp8`"),
+        ("kv_cache_config: {dtype: torch.float8_e4m3fn}", "HX105", "torch.float8_e4m3fn", "did you mean `fp8`"),
+        ("kv_cache_config: {dtype: float8_e5m2}", "HX105", "float8_e5m2", "write auto, float32"),
+        ("kv_cache_config: {dtype: fp4}", "HX105", "fp4", "float16 or fp8"),
+        ("kv_cache_config: {dtype: half}", "HX105", "half", "did you mean `float16`"),
+        ("hardware: {gpu: h20}", "HX105", "h20", "write h100, h200"),
         ("num_instances: 0", "HX104", "0", "1 or more"),
         ("hardware: {share_gpus: true}\nshare_gpus: false", "HX113", "true", "once"),
         ("cp_config: {tokens_per_block: 8}\nkv_cache_config: {tokens_per_block: 9}", "HX112", "9", "once"),

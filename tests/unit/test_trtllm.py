@@ -128,9 +128,28 @@ generation_servers:
     assert (spec.context.moe_expert_parallel_size, spec.context.moe_tensor_parallel_size) == (2, None)
     assert spec.context.enable_attention_dp and not spec.generation.enable_attention_dp
     assert spec.generation.tokens_per_block == block and spec.generation.max_tokens == tokens
-    assert spec.generation.kv_dtype == "auto"
-    _, at = one(text, "HX905", dialect=Dialect.AUTO)
-    assert at == "FP8"
+    assert spec.generation.kv_dtype == "fp8"
+    assert "HX905" not in {d.code for d in analysed(text).diagnostics}
+
+
+@pytest.mark.parametrize(
+    ("line", "at"),
+    [
+        ("dtype: fp8", "fp8"),
+        ("dtype: float8_e4m3fn", "float8_e4m3fn"),
+        ("kv_cache_config: {dtype: nvfp4}", "nvfp4"),
+        ("kv_cache_config: {dtype: fp8_e5m2}", "fp8_e5m2"),
+        ("kv_cache_config: {dtype: fp8}", None),
+        ("kv_cache_config: {dtype: torch.float8_e4m3fn}", None),
+    ],
+)
+def test_types_without_kernels_are_planned_in_the_model_s(line: str, at: str | None) -> None:
+    text = f"port: 8000\nmodel: deepseek-v3-lite\n{line}\ncontext_servers: {{}}\ngeneration_servers: {{}}\n"
+    spec = analysed(text).spec
+    assert spec is not None and spec.dtype == "auto"
+    assert spec.generation.kv_dtype == ("auto" if at else "fp8")
+    found = [d for d in analysed(text).diagnostics if d.code == "HX905"]
+    assert [f.span.column for f in found] == ([line.index(at) + 1] if at else [])
 
 
 def test_a_benchmark_is_read_as_its_two_roles() -> None:

@@ -59,13 +59,26 @@ def test_the_other_flags() -> None:
         ("-dp 2 -tp 4", {"num_instances": 2, "tensor_parallel_size": 4, "enable_attention_dp": False}),
         ("-dp 2 -tp 4 -dcp 4 -ep", {"num_instances": 2, "context_parallel_size": 4, "moe_expert_parallel_size": 4}),
         ("-tp 4 -dcp 4 --dcp-kv-cache-interleave-size 16", {"tokens_per_block": 16, "context_parallel_size": 4}),
-        ("-tp 2 --kv-cache-dtype fp8", {"kv_dtype": "auto"}),
+        ("-tp 2 --kv-cache-dtype fp8", {"kv_dtype": "fp8"}),
+        ("-tp 2 --kv-cache-dtype fp8_e4m3", {"kv_dtype": "fp8"}),
+        ("-tp 2 --kv-cache-dtype half", {"kv_dtype": "float16"}),
+        ("-tp 2 --kv-cache-dtype auto", {"kv_dtype": "auto"}),
+        ("-tp 2 --kv-cache-dtype fp8_e5m2", {"kv_dtype": "auto"}),
         ("-tp 2 --kv-cache-dtype bfloat16", {"kv_dtype": "bfloat16"}),
     ],
 )
 def test_sizes(flags: str, sizes: dict[str, object]) -> None:
     generation = spec_of(f"deepseek-v3-lite {flags}").generation
     assert {key: getattr(generation, key) for key in sizes} == sizes
+
+
+@pytest.mark.parametrize(("dtype", "left_out"), [("fp8", False), ("fp8_e5m2", True), ("nvfp4", True), ("auto", False)])
+def test_a_cache_type_without_kernels_is_said(dtype: str, left_out: bool) -> None:
+    text = from_vllm(f"llama-3.1-8b --kv-cache-dtype {dtype}", "x")
+    assert (f"no kernels for {dtype}; this is planned in the model's dtype" in text) == left_out
+    assert from_vllm("llama-3.1-8b --dtype fp8", "x").endswith(
+        "no kernels for fp8; this is planned in the model's dtype\n"
+    )
 
 
 @pytest.mark.parametrize(

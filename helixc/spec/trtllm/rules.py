@@ -44,9 +44,9 @@ PRECISION = _rule(
     "HX905",
     Severity.WARNING,
     "helixc computes in a wider type than the file asks for",
-    """helixc has kernels for bfloat16, float16 and float32, for weights and for the KV cache. Where a TensorRT-LLM file
-    asks for fp8 or fp4, the deployment is planned in the model's own dtype, which takes two to four times the
-    memory.""",
+    """helixc has kernels for weights in bfloat16, float16 and float32, and for a KV cache in these and in fp8 (e4m3).
+    Where a TensorRT-LLM file asks for fp8 weights, for fp4 or for e5m2, the deployment is planned in the model's own
+    dtype, which takes two to four times the memory.""",
 )
 RENAMED_KEY = _rule(
     "HX906",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from helixc.diagnostics import Diagnostic
-from helixc.spec.schema import DtypeName, HardwareSection, RoleSection
+from helixc.spec.schema import DTYPE_ALIASES, DtypeName, HardwareSection, KvDtypeName, RoleSection
 from helixc.spec.settle import PLACEHOLDER
 from helixc.spec.source import KeyPath, Place, Source
 from helixc.spec.trtllm import rules
@@ -22,8 +22,8 @@ _OPTIONAL = frozenset(
 )
 _NESTED = {"cp_config": ("cp_type", "tokens_per_block"), "kv_cache_config": ("tokens_per_block", "max_tokens")}
 _DERIVED = -1  # what TensorRT-LLM's MoE sizes are if they follow from the others
+_DTYPES, _KV_DTYPES = get_args(DtypeName), get_args(KvDtypeName)
 _FRACTIONS = ("free_gpu_memory_fraction", "kv_cache_free_gpu_memory_fraction")
-_DTYPES = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
 
 
 def translate(file: TrtllmFile) -> tuple[Source, list[Diagnostic]]:
@@ -62,7 +62,7 @@ class _Translation:
             self.findings.append(rules.PRECISION.at(span, message, "helixc plans them in bfloat16"))
         for key in ("dtype", "load_format"):
             if (key,) in self.source.spans and self.file.kind is not Kind.BENCHMARK:
-                self._put((key,), self._dtype((key,)) if key == "dtype" else self._lower((key,)), (key,))
+                self._put((key,), self._dtype((key,), _DTYPES) if key == "dtype" else self._lower((key,)), (key,))
 
     def hardware(self) -> None:
         """GPUs of a node, and their type where helixc takes it."""
@@ -103,7 +103,7 @@ class _Translation:
             if key in (*_NESTED[str(target[-1])], "free_gpu_memory_fraction") and value[key] is not None:
                 self._put((*target, key), value[key], (*path, key))
             elif key == "dtype" and target[-1] == "kv_cache_config":
-                self._put((*target, key), self._dtype((*path, key)), (*path, key))
+                self._put((*target, key), self._dtype((*path, key), _KV_DTYPES), (*path, key))
 
     def _fraction(self, name: str, servers: Servers) -> None:
         """free_gpu_memory_fraction beside the other keys: kv_cache_config's own wins."""
@@ -115,14 +115,14 @@ class _Translation:
             self._put((name, "kv_cache_config"), {}, path)
         self._put((name, "kv_cache_config", "free_gpu_memory_fraction"), at(self.source, path), path)
 
-    def _dtype(self, path: KeyPath) -> Any:
+    def _dtype(self, path: KeyPath, supported: tuple[str, ...]) -> Any:
         """The dtype at `path` by helixc's name; auto, with a finding, for one without kernels."""
         written = at(self.source, path)
         if not isinstance(written, str):
             return written
         name = written.lower().removeprefix("torch.")
-        name = _DTYPES.get(name, name)
-        if name in get_args(DtypeName):
+        name = DTYPE_ALIASES.get(name, name)
+        if name in supported:
             return name
         if quantisation(name) is None and name != "fp8_ds_mla":
             return written

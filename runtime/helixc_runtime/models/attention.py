@@ -6,29 +6,37 @@ of o_proj it multiplies are the heads it holds after the exchange.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from helixc_runtime.attention_shape import LATENT_NORM_EPS
 from helixc_runtime.comm import Comm
 from helixc_runtime.manifest import Mla, ModelArch
 from helixc_runtime.models.layers import rms_norm
 from helixc_runtime.models.rotary import Rotary, rotate
-from helixc_runtime.ops import DecodeBatch, LayerCache, Ops
+from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaProjections, Ops
 from helixc_runtime.weights import Weights
 
-LATENT_NORM_EPS = 1e-6  # of q_a and kv_a norms: fixed in the published models, whatever rms_norm_eps says
+Keep = Callable[[Tensor], Tensor]  # KV [..., width] as computed -> as a cache gives it back
+
+
+def unchanged(kv: Tensor) -> Tensor:
+    """The KV of a prompt as it attends to itself: not cached yet."""
+    return kv
 
 
 class Attention(Protocol):
     """Both kinds of attention."""
 
-    def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor], keep: Keep) -> tuple[Tensor, Tensor]:
         """Causal attention over one prompt, x [L, hidden].
 
-        Returns (summand [L, hidden], KV to cache: MLA [L, latent + rope], GQA [2, KH, L, D]).
+        Returns (summand [L, hidden], KV to cache: MLA [L, latent + rope], GQA [2, KH, L, D]). What `keep` makes of the
+        KV, vector by vector, is what is attended and returned.
         """
         ...
 
@@ -55,31 +63,36 @@ class GqaAttention:
     def __init__(self, arch: ModelArch, weights: Weights, rotary: Rotary) -> None:
         self.arch, self.weights, self.rotary = arch, weights, rotary
 
-    def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        q, k, v = self._project(layer, x)
-        q, k = (rotate(t, *angles, interleaved=self.rotary.interleaved) for t in (q, k))
+    def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor], keep: Keep) -> tuple[Tensor, Tensor]:
+        new = self._project(layer, x)
+        q, k = (
+            rotate(_normed(t, weight, self.arch.norm_eps), *angles, interleaved=self.rotary.interleaved)
+            for t, weight in ((new.q, new.q_norm), (new.k, new.k_norm))
+        )
+        k, v = kv = keep(torch.stack((k, new.v)))
         out = _causal(q, k, v, self.arch.softmax_scale)  # [L, H, D]
-        return F.linear(out.flatten(1), self.weights("o", layer)), torch.stack((k, v)).transpose(1, 2)
+        return F.linear(out.flatten(1), self.weights("o", layer)), kv.transpose(1, 2)
 
     def decode(self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, comm: Comm) -> Tensor:
-        q, k, v = self._project(layer, x)
-        q = ops.append(q, k, v, cache, batch)
+        q = ops.append(self._project(layer, x), cache, batch)
         received = comm.exchange(ops.attend(q, cache, batch))  # [C, B, H / C, D]
         out = ops.combine(received.o, received.lse).o
         return F.linear(out.flatten(1), self.weights("o", layer))
 
-    def _project(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [N, H, D], k and v [N, KH, D], normed where the model has q/k norms, not yet rotated."""
+    def _project(self, layer: int, x: Tensor) -> GqaProjections:
         q, k, v = (
             F.linear(x, self.weights(name, layer), self.weights.get(f"{name}_bias", layer)).view(
                 len(x), -1, self.arch.head_dim
             )
             for name in ("q", "k", "v")
         )
-        if self.arch.qk_norm:
-            q = rms_norm(q, self.weights("q_norm", layer), self.arch.norm_eps)
-            k = rms_norm(k, self.weights("k_norm", layer), self.arch.norm_eps)
-        return q, k, v
+        if not self.arch.qk_norm:
+            return GqaProjections(q, k, v)
+        return GqaProjections(q, k, v, self.weights("q_norm", layer), self.weights("k_norm", layer))
+
+
+def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    return x if weight is None else rms_norm(x, weight, eps)
 
 
 class MlaAttention:
@@ -88,23 +101,24 @@ class MlaAttention:
     def __init__(self, arch: ModelArch, mla: Mla, weights: Weights, rotary: Rotary) -> None:
         self.arch, self.mla, self.weights, self.rotary = arch, mla, weights, rotary
 
-    def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor], keep: Keep) -> tuple[Tensor, Tensor]:
         q_nope, q_rope = self._queries(layer, x)
-        latent, k_rope = self._latent(layer, x)
+        kv, norm = self._latent(layer, x)
+        latent = rms_norm(kv[:, : self.mla.kv_lora_rank], norm, LATENT_NORM_EPS)
+        k_rope = kv[:, self.mla.kv_lora_rank :].unsqueeze(1)  # [L, 1, rope]
         q_rope, k_rope = (rotate(t, *angles, interleaved=self.rotary.interleaved) for t in (q_rope, k_rope))
+        kv = keep(torch.cat((latent, k_rope.squeeze(1)), dim=-1))
+        latent, k_rope = kv[:, : self.mla.kv_lora_rank], kv[:, self.mla.kv_lora_rank :].unsqueeze(1)
         k_nope = torch.einsum("lc,hdc->lhd", latent, self.weights("k_up", layer))
         v = torch.einsum("lc,hdc->lhd", latent, self.weights("v_up", layer))
         k = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1)), dim=-1)
         out = _causal(torch.cat((q_nope, q_rope), dim=-1), k, v, self.arch.softmax_scale)
-        return F.linear(out.flatten(1), self.weights("o", layer)), torch.cat((latent, k_rope.squeeze(1)), dim=-1)
+        return F.linear(out.flatten(1), self.weights("o", layer)), kv
 
     def decode(self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, comm: Comm) -> Tensor:
         q_nope, q_rope = self._queries(layer, x)
-        latent, k_rope = self._latent(layer, x)
         absorbed = torch.einsum("bhd,hdc->bhc", q_nope, self.weights("k_up", layer))
-        q = torch.cat((absorbed, q_rope), dim=-1)  # [B, H, latent + rope]
-        k = torch.cat((latent.unsqueeze(1), k_rope), dim=-1)  # [B, 1, latent + rope]
-        q = ops.append(q, k, None, cache, batch)
+        q = ops.append(MlaProjections(absorbed, q_rope, *self._latent(layer, x)), cache, batch)
         received = comm.exchange(ops.attend(q, cache, batch))  # [C, B, H / C, latent]
         merged = ops.combine(received.o, received.lse).o
         out = torch.einsum("bhc,hdc->bhd", merged, self.weights("v_up", layer))
@@ -121,7 +135,6 @@ class MlaAttention:
         return q[..., :nope], q[..., nope:]
 
     def _latent(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The normed latent [N, latent] and the shared rope key [N, 1, rope], not yet rotated."""
+        """The latent and the shared rope key [N, latent + rope], neither normed nor rotated; the latent's norm."""
         kv = F.linear(x, self.weights("kv_a", layer), self.weights.get("kv_a_bias", layer))
-        latent, k_rope = kv[:, : self.mla.kv_lora_rank], kv[:, self.mla.kv_lora_rank :]
-        return rms_norm(latent, self.weights("kv_a_norm", layer), LATENT_NORM_EPS), k_rope.unsqueeze(1)
+        return kv, self.weights("kv_a_norm", layer)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from helixc_runtime.comm import Comm
 from helixc_runtime.manifest import ModelArch, Rank, split
-from helixc_runtime.models.attention import make_attention
+from helixc_runtime.models.attention import Keep, make_attention, unchanged
 from helixc_runtime.models.layers import mixture, mlp, rms_norm
 from helixc_runtime.models.rotary import Rotary
 from helixc_runtime.ops import DecodeBatch, LayerCache, Ops
@@ -44,11 +44,18 @@ class Decoder:
         return Rotary(self.arch.rope, self.arch.rope_dim, self.device)
 
     def prefill(
-        self, tokens: Tensor, rotary: Rotary, *, attends: bool, on_layer: Callable[[int], None] = lambda _: None
+        self,
+        tokens: Tensor,
+        rotary: Rotary,
+        *,
+        attends: bool,
+        on_layer: Callable[[int], None] = lambda _: None,
+        keep: Keep = unchanged,
     ) -> tuple[Tensor, list[Tensor]]:
         """Hidden states [L, hidden] after this stage for one prompt, tokens [L], and the KV of its layers.
 
-        `attends` False: another data-parallel rank has this request; this one only takes part in the FFN.
+        `attends` False: another data-parallel rank has this request; this one only takes part in the FFN. `keep`: see
+        Attention.prefill.
         """
         attention = make_attention(self.arch, self.weights, rotary)
         angles = rotary.angles(torch.arange(tokens.shape[0], device=self.device))
@@ -58,7 +65,7 @@ class Decoder:
             on_layer(layer)
             if not attends:
                 return torch.zeros_like(x)
-            out, kv = attention.prefill(layer, x, angles)
+            out, kv = attention.prefill(layer, x, angles, keep)
             cached.append(kv)
             return out
 

@@ -11,8 +11,11 @@ from helixc_runtime.weights import Weights
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dim, in float32 until the weight is applied (as the published models do)."""
-    wide = x.float()
+    """RMSNorm over the last dim, in float32 until the weight is applied (as the published models do).
+
+    float64 stays float64.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 

@@ -58,10 +58,11 @@ class Rotary:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    """Rotate x [N, heads, dim] by the angles [N, dim / 2] of its rows, in float32."""
+    """Rotate x [N, heads, dim] by the angles [N, dim / 2] of its rows, in float32; in float64 where an argument is."""
+    wide = x.to(torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32))
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if interleaved:
-        a, b = x[..., 0::2].float(), x[..., 1::2].float()
+        a, b = wide[..., 0::2], wide[..., 1::2]
         return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
-    a, b = x.float().chunk(2, dim=-1)
+    a, b = wide.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -1,55 +1,233 @@
-// Append: rotate query and key of one new token a row, and store the key and value in the paged KV cache.
+// Append: from the projections of new tokens to their attention: RMSNorm, RoPE, the query, and the cache's new tokens.
 //
-//   q [B, H, D], k and v [B, KH, D]  ->  q_out [B, H, D] and, where owned[b], one token of the cache
-//   MLA: cache k [pages, block, D], no v.  GQA: cache k, v [pages, KH, block, D].
+//   q_plain [N, H, D - R], q_rotary [N, H, R], k and v [N, KH, D], cos and sin [N, R / 2]  ->
+//   q_out [N, H, D] and, where owned[n], one token of the cache
+//   MLA: k is the latent, whose D - R columns are normed, and the rotary key; no v. Cache k [pages, block, D].
+//   GQA: q and k may each have a norm over their D columns. Cache k, v [pages, KH, block, D].
+//   FP8: elements and one byte for each kScaleColumns columns, scales [pages, (KH,) block, groups] (quantize.cuh).
 //
-// One warp a vector: first all B*H queries, then all B*KH keys (each with its value). Rows whose rank is not the owner
-// still get their query rotated; they skip the write, and only the write. Shared memory: none.
-// Roofline: memory, B * (2*H + 4*KH) * D elements moved, no reuse.
+// C::lanes lanes hold one vector (one head of one token) in registers, in chunks of C::columns columns: a chunk is one
+// load and one store, of 16 bytes where the dims allow, and both elements of a rotated pair lie with one lane. Values
+// are rounded to Element wherever the published models round. A warp has one kind of vectors; keys, which take longest,
+// come first. Tokens that are not owned skip the write, and only the write. Shared memory: none.
+// Roofline: memory, N * (2 * H + KV * KH) * D elements moved, KV = 2 for MLA and 4 for GQA, no reuse.
 #pragma once
+#include "helix/quantize.cuh"
 #include "helix/warp.cuh"
 
 namespace helix {
 
-// The new token's place: C::block tokens a page, C::kv_heads heads a page, D elements a token.
-template <class C> HELIX_DEVICE i64 cache_offset(i64 slot, int kv_head) {
-  const i64 page = slot / C::block, token = slot % C::block;
-  return ((page * C::kv_heads + kv_head) * C::block + token) * C::head_dim;
+template <class C> struct AppendArguments {
+  using Element = typename C::Element;
+  using Cached = typename C::Cached;
+  Element* q_out;
+  const Element *q_plain, *q_rotary, *k, *v, *q_norm, *k_norm;
+  Cached *cache_k, *cache_v;
+  u8 *k_scale, *v_scale;
+  const float *cos, *sin;
+  const u8* owned;
+  const i64* slots;
+  int rows;  // N
+  int q_plain_row, q_plain_head, q_rotary_row, q_rotary_head, k_row, k_head, v_row, v_head;  // strides in elements
+};
+
+// How lanes share a vector: first the plain columns, then the rotary ones, interleaved pairs in one run of columns,
+// others in two.
+template <class C> struct Layout {
+  static constexpr int kStride = C::lanes * C::columns;
+  static constexpr int kPlain = C::head_dim - C::rope_dim;
+  static constexpr int kPlainChunks = (kPlain + kStride - 1) / kStride;
+  static constexpr int kRuns = C::interleaved ? 1 : 2, kRun = C::rope_dim / kRuns;
+  static constexpr int kRunChunks = (kRun + kStride - 1) / kStride;
+  static constexpr int kChunks = kPlainChunks + kRuns * kRunChunks;
+  static constexpr int kPairs = C::interleaved ? C::columns / 2 : C::columns;  // that begin in one chunk
+  static constexpr int kNormed = C::mla ? kPlain : C::head_dim;                // columns under the norm
+  static constexpr int kNormedChunks = C::mla ? kPlainChunks : kChunks;
+  static constexpr int kGroups = (C::head_dim + kScaleColumns - 1) / kScaleColumns;  // of columns that share a scale
+};
+
+// The first column of a lane's chunk, head_dim where the lane has none.
+template <class C> HELIX_DEVICE int column(int chunk, int lane) {
+  using L = Layout<C>;
+  if (chunk < L::kPlainChunks) {
+    const int at = chunk * L::kStride + lane * C::columns;
+    return at < L::kPlain ? at : C::head_dim;
+  }
+  const int run = (chunk - L::kPlainChunks) / L::kRunChunks;
+  const int at = (chunk - L::kPlainChunks) % L::kRunChunks * L::kStride + lane * C::columns;
+  return at < L::kRun ? L::kPlain + run * L::kRun + at : C::head_dim;
 }
 
-// Copies `from` to `to`, the last rope_dim dims rotated. cos, sin: one a pair.
-template <class C, class To, class From>
-HELIX_DEVICE void rotate(To* to, const From* from, const float* cos, const float* sin, int lane) {
-  constexpr int plain = C::head_dim - C::rope_dim, pairs = C::rope_dim / 2;
-  for (int i = lane; i < plain; i += kWarp) to[i] = convert<To>(from[i]);
-  for (int i = lane; i < pairs; i += kWarp) {
-    const int first = plain + (C::interleaved ? 2 * i : i);
-    const int second = plain + (C::interleaved ? 2 * i + 1 : i + pairs);
-    const float x = to_float(from[first]), y = to_float(from[second]);
-    to[first] = from_float<To>(x * cos[i] - y * sin[i]);
-    to[second] = from_float<To>(y * cos[i] + x * sin[i]);
+template <class C> struct Vector {
+  Chunk<typename C::Element, C::columns> chunks[Layout<C>::kChunks];
+};
+
+template <class C> struct Angles {
+  Chunk<float, Layout<C>::kPairs> cos[Layout<C>::kRunChunks], sin[Layout<C>::kRunChunks];
+};
+
+// The first kChunks chunks of each lane. Chunks that are not there are 0.
+template <class C, int kChunks>
+HELIX_DEVICE Vector<C> load(const typename C::Element* plain, const typename C::Element* rotary, int lane, bool active) {
+  Vector<C> vector = {};
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    const int at = column<C>(chunk, lane);
+    if (active && at < C::head_dim)
+      vector.chunks[chunk].load(chunk < Layout<C>::kPlainChunks ? plain + at : rotary + (at - Layout<C>::kPlain));
+  }
+  return vector;
+}
+
+template <class C> HELIX_DEVICE Angles<C> load_angles(const float* cos, const float* sin, int lane, bool active) {
+  using L = Layout<C>;
+  Angles<C> angles = {};
+#pragma unroll
+  for (int chunk = 0; chunk < L::kRunChunks; ++chunk) {
+    const int at = chunk * L::kStride + lane * C::columns, pair = at / C::columns * L::kPairs;
+    if (active && at < L::kRun) {
+      angles.cos[chunk].load(cos + pair);
+      angles.sin[chunk].load(sin + pair);
+    }
+  }
+  return angles;
+}
+
+// RMSNorm of the first kNormed columns.
+template <class C> HELIX_DEVICE void normalize(Vector<C>& vector, const Vector<C>& weight) {
+  using L = Layout<C>;
+  using Element = typename C::Element;
+  float sum = 0.0f;
+#pragma unroll
+  for (int chunk = 0; chunk < L::kNormedChunks; ++chunk)
+#pragma unroll
+    for (int i = 0; i < C::columns; ++i) {
+      const float x = to_float(vector.chunks[chunk].items[i]);
+      sum += x * x;
+    }
+  const float scale = 1.0f / sqrtf(warp_sum<C::lanes>(sum) / L::kNormed + C::norm_eps);
+#pragma unroll
+  for (int chunk = 0; chunk < L::kNormedChunks; ++chunk)
+#pragma unroll
+    for (int i = 0; i < C::columns; ++i) {
+      const Element normed = from_float<Element>(to_float(vector.chunks[chunk].items[i]) * scale);
+      vector.chunks[chunk].items[i] = from_float<Element>(to_float(weight.chunks[chunk].items[i]) * to_float(normed));
+    }
+}
+
+template <class C> HELIX_DEVICE void rotate(Vector<C>& vector, const Angles<C>& angles) {
+  using L = Layout<C>;
+  using Element = typename C::Element;
+#pragma unroll
+  for (int chunk = 0; chunk < L::kRunChunks; ++chunk)
+#pragma unroll
+    for (int pair = 0; pair < L::kPairs; ++pair) {
+      const int first = L::kPlainChunks + chunk, second = C::interleaved ? first : first + L::kRunChunks;
+      Element& x = vector.chunks[first].items[C::interleaved ? 2 * pair : pair];
+      Element& y = vector.chunks[second].items[C::interleaved ? 2 * pair + 1 : pair];
+      const float a = to_float(x), b = to_float(y);
+      const float cos = angles.cos[chunk].items[pair], sin = angles.sin[chunk].items[pair];
+      x = from_float<Element>(a * cos - b * sin);
+      y = from_float<Element>(b * cos + a * sin);
+    }
+}
+
+template <class C, class To> HELIX_DEVICE void store(To* to, const Vector<C>& vector, int lane) {
+#pragma unroll
+  for (int chunk = 0; chunk < Layout<C>::kChunks; ++chunk) {
+    const int at = column<C>(chunk, lane);
+    if (at < C::head_dim) converted<To>(vector.chunks[chunk]).store(to + at);
   }
 }
 
+// To one token of an FP8 cache. All lanes of the warp take part, also those that are not `active`.
 template <class C>
-HELIX_DEVICE void append(typename C::Element* q_out, const typename C::Element* q, const typename C::Element* k,
-                         const typename C::Element* v, typename C::Cached* cache_k, typename C::Cached* cache_v,
-                         const float* cos, const float* sin, const u8* owned, const i64* slots, int rows) {
-  const int lane = threadIdx.x % kWarp;
-  const i64 vector = i64(blockIdx.x) * (C::threads / kWarp) + threadIdx.x / kWarp;
-  const i64 queries = i64(rows) * C::heads, keys = i64(rows) * C::kv_heads;
-  if (vector < queries) {
-    const i64 angle = vector / C::heads * (C::rope_dim / 2);
-    rotate<C>(q_out + vector * C::head_dim, q + vector * C::head_dim, cos + angle, sin + angle, lane);
-  } else if (vector < queries + keys) {
-    const i64 row = (vector - queries) / C::kv_heads;
-    const int kv_head = int((vector - queries) % C::kv_heads);
-    if (!owned[row]) return;
-    const i64 source = (vector - queries) * C::head_dim, target = cache_offset<C>(slots[row], kv_head);
-    const i64 angle = row * (C::rope_dim / 2);
-    rotate<C>(cache_k + target, k + source, cos + angle, sin + angle, lane);
-    if constexpr (!C::mla)
-      for (int i = lane; i < C::head_dim; i += kWarp) cache_v[target + i] = convert<typename C::Cached>(v[source + i]);
+HELIX_DEVICE void store_quantized(float8_e4m3fn* to, u8* scales, const Vector<C>& vector, int lane, bool active) {
+  using L = Layout<C>;
+  u32 largest[L::kGroups] = {};
+#pragma unroll
+  for (int chunk = 0; chunk < L::kChunks; ++chunk)
+#pragma unroll
+    for (int group = 0; group < L::kGroups; ++group)
+      if (column<C>(chunk, lane) / kScaleColumns == group)
+        largest[group] = max_bits(largest[group], vector.chunks[chunk]);
+  warp_max_bits<C::lanes>(largest);
+  if (!active) return;
+#pragma unroll
+  for (int group = 0; group < L::kGroups; ++group) {
+    const u8 scale = scale_of(largest[group]);
+    if (lane == 0) scales[group] = scale;
+#pragma unroll
+    for (int chunk = 0; chunk < L::kChunks; ++chunk) {
+      const int at = column<C>(chunk, lane);
+      if (at < C::head_dim && at / kScaleColumns == group) quantized(vector.chunks[chunk], scale).store(to + at);
+    }
+  }
+}
+
+// To the token at `slot`: C::block tokens a page, C::kv_heads heads a page.
+template <class C>
+HELIX_DEVICE void store_token(typename C::Cached* cache, u8* scales, i64 slot, int kv_head, const Vector<C>& vector,
+                              int lane, bool active) {
+  const i64 token = (slot / C::block * C::kv_heads + kv_head) * C::block + slot % C::block;
+  if constexpr (kSame<typename C::Cached, float8_e4m3fn>) {
+    store_quantized<C>(cache + token * C::head_dim, scales + token * Layout<C>::kGroups, vector, lane, active);
+  } else if (active) {
+    store<C>(cache + token * C::head_dim, vector, lane);
+  }
+}
+
+template <class C> HELIX_DEVICE bool owns(const AppendArguments<C>& a, int row) {
+  return row < a.rows && a.owned[row];
+}
+
+template <class C> HELIX_DEVICE void append_query(const AppendArguments<C>& a, int index, int lane) {
+  using L = Layout<C>;
+  const int row = index / C::heads, head = index % C::heads;
+  const bool active = row < a.rows;
+  const i64 plain = i64(row) * a.q_plain_row + i64(head) * a.q_plain_head;
+  const i64 rotary = i64(row) * a.q_rotary_row + i64(head) * a.q_rotary_head, angle = i64(row) * (C::rope_dim / 2);
+  Vector<C> q = load<C, L::kChunks>(a.q_plain + plain, a.q_rotary + rotary, lane, active);
+  const Angles<C> angles = load_angles<C>(a.cos + angle, a.sin + angle, lane, active);
+  if constexpr (C::qk_norm) normalize<C>(q, load<C, L::kNormedChunks>(a.q_norm, a.q_norm + L::kPlain, lane, true));
+  rotate<C>(q, angles);
+  if (active) store<C>(a.q_out + i64(index) * C::head_dim, q, lane);
+}
+
+template <class C> HELIX_DEVICE void append_key(const AppendArguments<C>& a, int index, int lane) {
+  using L = Layout<C>;
+  const int row = index / C::kv_heads, kv_head = index % C::kv_heads;
+  const bool active = owns<C>(a, row);
+  const i64 slot = active ? a.slots[row] : 0, angle = i64(row) * (C::rope_dim / 2);
+  const typename C::Element* from = a.k + i64(row) * a.k_row + i64(kv_head) * a.k_head;
+  Vector<C> k = load<C, L::kChunks>(from, from + L::kPlain, lane, active);
+  const Angles<C> angles = load_angles<C>(a.cos + angle, a.sin + angle, lane, active);
+  if constexpr (C::mla || C::qk_norm)
+    normalize<C>(k, load<C, L::kNormedChunks>(a.k_norm, a.k_norm + L::kPlain, lane, true));
+  rotate<C>(k, angles);
+  store_token<C>(a.cache_k, a.k_scale, slot, kv_head, k, lane, active);
+}
+
+template <class C> HELIX_DEVICE void append_value(const AppendArguments<C>& a, int index, int lane) {
+  const int row = index / C::kv_heads, kv_head = index % C::kv_heads;
+  const bool active = owns<C>(a, row);
+  const i64 slot = active ? a.slots[row] : 0;
+  const typename C::Element* from = a.v + i64(row) * a.v_row + i64(kv_head) * a.v_head;
+  const Vector<C> v = load<C, Layout<C>::kChunks>(from, from + Layout<C>::kPlain, lane, active);
+  store_token<C>(a.cache_v, a.v_scale, slot, kv_head, v, lane, active);
+}
+
+template <class C> HELIX_DEVICE void append(const AppendArguments<C>& a) {
+  constexpr int vectors = kWarp / C::lanes;  // of a warp
+  const int lane = threadIdx.x % C::lanes, place = int(threadIdx.x) % kWarp / C::lanes;
+  const int warp = int(blockIdx.x) * (C::threads / kWarp) + int(threadIdx.x) / kWarp;
+  const int keys = (a.rows * C::kv_heads + vectors - 1) / vectors, stored = C::mla ? keys : 2 * keys;  // warps
+  if (warp < keys) {
+    append_key<C>(a, warp * vectors + place, lane);
+  } else if (warp < stored) {
+    if constexpr (!C::mla) append_value<C>(a, (warp - keys) * vectors + place, lane);
+  } else if ((warp - stored) * vectors < a.rows * C::heads) {
+    append_query<C>(a, (warp - stored) * vectors + place, lane);
   }
 }
 

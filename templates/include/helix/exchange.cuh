@@ -50,8 +50,8 @@ HELIX_DEVICE void exchange(typename C::Element* o_out, const typename C::Element
   const int lane = threadIdx.x % kWarp;
   const i64 unit = i64(blockIdx.x) * (C::threads / kWarp) + threadIdx.x / kWarp;
   const i64 row = unit / C::heads, head = unit % C::heads;
-  wait_for_previous_kernel();
-  let_next_kernel_begin();
+  wait_for_previous_kernels();
+  let_next_kernel_start();
   if (row >= rows) return;
   const Inbox inbox(group, max_rows);
   const i64 first = row * C::members * C::heads + head;  // this head of member 0, among all heads

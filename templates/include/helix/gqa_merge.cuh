@@ -1,12 +1,12 @@
 // Merge of a unit's parts, left in float32 by the thread blocks that share it (work_split.cuh), within the same launch.
 //
-//   parts: o [2 * blocks, group, D] float32 normalised, lse [2 * blocks, group, D / 4] float32, log2, one copy for each
-//   four columns  ->  o bf16, lse natural log
+//   parts of T * group queries: o [2 * blocks, queries, D] float32 normalised, lse [2 * blocks, queries, D / 4] float32,
+//   log2, one copy for each four columns  ->  o bf16, lse natural log
 //
 // The blocks that share a unit share its merge too: block i of n writes the i-th of n slices, from all n parts, so that
 // every word of a part has one reader. An unwritten word holds -0.0, which no writer writes: readers poll the words
 // themselves, with no fence or flag, and put -0.0 back. All blocks are on the GPU at once, so the wait ends. The sums
-// have one order: two runs give the same bits. Roofline: latency; 2 * blocks * group * D * 5 bytes at most, in L2.
+// have one order: two runs give the same bits. Roofline: latency; 2 * blocks * queries * D * 5 bytes at most, in L2.
 #pragma once
 #include "helix/gqa_schedule.cuh"
 #include "helix/mma.cuh"
@@ -14,6 +14,22 @@
 namespace helix {
 
 constexpr float kLn2 = 0.6931471805599453f;
+
+// q, o and lse, [B * T, H], are groups of heads: the first query token's of a unit, and where its query `column` is.
+template <class C> HELIX_DEVICE i64 first_group(int row, int kv_head) {
+  return i64(row) * C::query_tokens * C::kv_heads + kv_head;
+}
+template <class C> HELIX_DEVICE i64 query_offset(int column) {
+  if constexpr (C::query_tokens == 1) return column;
+  return i64(column / C::group) * (C::kv_heads * C::group) + column % C::group;
+}
+
+// 1 / sum. One of several query tokens may see nothing of what the others see: its o is then 0.
+template <class C> HELIX_DEVICE float inverse_of(float sum) {
+  if constexpr (C::query_tokens > 1)
+    if (sum == 0.0f) return 0.0f;
+  return __fdividef(1.0f, sum);
+}
 
 // The softmax state of four neighbouring columns: o = sum of exp2(score - largest) * v, sum = the same without v.
 struct Merge {
@@ -64,8 +80,8 @@ struct Merge {
   HELIX_DEVICE float4 values() const { return {o[0], o[1], o[2], o[3]}; }
   HELIX_DEVICE float lse() const { return largest + log2_approximate(sum); }
 
-  HELIX_DEVICE void write_result(bfloat16* to, float* lse_to) const {
-    const float inverse = __fdividef(1.0f, sum);
+  template <class C> HELIX_DEVICE void write_result(bfloat16* to, float* lse_to) const {
+    const float inverse = inverse_of<C>(sum);
     uint2 packed = {pack_bfloat16(o[0] * inverse, o[1] * inverse), pack_bfloat16(o[2] * inverse, o[3] * inverse)};
     *reinterpret_cast<uint2*>(to) = packed;
     if (lse_to != nullptr) *lse_to = lse() * kLn2;
@@ -75,13 +91,10 @@ struct Merge {
 constexpr u32 kUnwritten = 0x80000000u;  // -0.0
 
 HELIX_DEVICE void store_part(float* to, const float4& x) {
-  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], { %1, %2, %3, %4 };" ::"l"(to), "f"(x.x + 0.0f), "f"(x.y + 0.0f),
-               "f"(x.z + 0.0f), "f"(x.w + 0.0f) : "memory");  // -0.0 + 0.0 is 0.0
+  store_relaxed(to, float4{x.x + 0.0f, x.y + 0.0f, x.z + 0.0f, x.w + 0.0f});  // -0.0 + 0.0 is 0.0
 }
 
-HELIX_DEVICE void store_part(float* to, float x) {
-  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(to), "f"(x + 0.0f) : "memory");
-}
+HELIX_DEVICE void store_part(float* to, float x) { store_relaxed(to, x + 0.0f); }
 
 // The parts; all words are -0.0 before and after a launch.
 struct MergeSpace {
@@ -89,8 +102,8 @@ struct MergeSpace {
   float* lse;
 
   template <class C> HELIX_DEVICE void write(int slot, int column, int dim, const Merge& merge) const {
-    const float inverse = __fdividef(1.0f, merge.sum);
-    const int at = (slot * C::group + column) * C::head_dim + dim;
+    const float inverse = inverse_of<C>(merge.sum);
+    const int at = (slot * kQueries<C> + column) * C::head_dim + dim;
     store_part(o + at, float4{merge.o[0] * inverse, merge.o[1] * inverse, merge.o[2] * inverse, merge.o[3] * inverse});
     store_part(lse + at / 4, merge.lse());
   }
@@ -101,9 +114,8 @@ struct PartItem {
   u32 x[4], lse;
 
   HELIX_DEVICE void load(const float* o, const float* from_lse) {
-    asm volatile("ld.relaxed.gpu.global.v4.u32 { %0, %1, %2, %3 }, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "l"(o) : "memory");
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(lse) : "l"(from_lse) : "memory");
+    load_relaxed(x, o);
+    load_relaxed(lse, from_lse);
   }
   HELIX_DEVICE bool written() const {
     return x[0] != kUnwritten && x[1] != kUnwritten && x[2] != kUnwritten && x[3] != kUnwritten && lse != kUnwritten;
@@ -161,7 +173,7 @@ HELIX_DEVICE void merge_slice(bfloat16* o, float* lse, const MergeSpace& space, 
         const int part = first + i * stride;
         // The unit's first block may have left its part in its second slot (work_split.cuh).
         const int slot = 2 * (plan.first + part) + (part == 0 ? plan.first_is_later_slot : 0);
-        at[i] = slot * C::group * vectors + item;
+        at[i] = slot * kQueries<C> * vectors + item;
         parts[i] = PartItem{{0, 0, 0, 0}, 0xff800000u};  // -inf
         missing |= u32(part < plan.count) << i;
       }
@@ -191,8 +203,8 @@ HELIX_DEVICE void merge_slice(bfloat16* o, float* lse, const MergeSpace& space, 
     if (wide < threads) merge = over_warps<threads>(merge, shared, wide, thread);
     if (thread < wide && item < plan.end) {
       const int column = item / vectors, dim = item % vectors * 4;
-      const i64 head = (i64(plan.row) * C::kv_heads + plan.kv_head) * C::group + column;
-      merge.write_result(o + head * C::head_dim + dim, dim == 0 ? lse + head : nullptr);
+      const i64 query = first_group<C>(plan.row, plan.kv_head) * C::group + query_offset<C>(column);
+      merge.template write_result<C>(o + query * C::head_dim + dim, dim == 0 ? lse + query : nullptr);
     }
   }
 }

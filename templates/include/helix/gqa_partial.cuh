@@ -1,18 +1,23 @@
-// GQA partial for Hopper: attention of one query token a row over this rank's paged KV, read once at memory speed.
+// GQA partial for Hopper: attention of a row's query tokens over this rank's paged KV, read once at memory speed.
 //
-//   q [B, H, D], k and v [pages, KH, block, D] bf16, page_table [B, max_pages], lengths [B]
-//   ->  o [B, H, D] bf16, normalised by its own softmax sum, and lse [B, H] float32, natural log (no token: 0, -inf)
+//   q [B * T, H, D] bf16, k and v [pages, KH, block, D] bf16, or e4m3 with scales [pages, KH, block] (quantize.py),
+//   page_table [B, max_pages], lengths [B * T]: the tokens that each query token attends, rising in a row
+//   ->  o [B * T, H, D] bf16, normalised by its own softmax sum, and lse [B * T, H] float32, natural log (no token: 0,
+//       -inf)
 //
-// One thread block an SM takes an even share of all tiles of 64 tokens (gqa_schedule.cuh). Its last warp copies K and V
-// tiles ahead through a ring of stages; each of its four other warps takes 16 tokens of every tile, with its own
-// softmax state: no warp waits for another until a unit ends. Tokens are the rows of the products, S^T = K Q^T and
-// O^T += V^T P^T, so that the 1 to 16 query heads of a KV head fill 8 or 16 columns and K and V come straight from
-// shared memory. Units cut between blocks are merged at the end, in the same launch (gqa_merge.cuh): all blocks have to
-// be on the GPU at once, which a grid of one block an SM ensures.
-// NaN beyond a row's length does not spread: scores there become -inf and V rows zero.
-// Shared memory: stages * 2 * 64 * D * 2 bytes; a unit's last stage serves to reduce the warps.
-// Roofline: memory, length * 2 * D * 2 bytes a KV head and row.
+// One thread block an SM takes an even share of all tiles, of 64 tokens in bf16 and 128 in FP8 (gqa_schedule.cuh). Its
+// last warp copies K and V tiles ahead through a ring of stages; each of its four other warps takes a quarter of every
+// tile, with its own softmax state: no warp waits for another until a unit ends. Tokens are the rows of the products,
+// S^T = K Q^T and O^T += V^T P^T, so that the 1 to 16 queries of a KV head, heads of each query token, fill 8 or 16
+// columns and K and V come straight from shared memory (gqa_state.cuh, gqa_fp8_state.cuh). Units cut between blocks are
+// merged at the end, in the same launch (gqa_merge.cuh): all blocks have to be on the GPU at once, which a grid of one
+// block an SM ensures.
+// NaN beyond a row's length does not spread: scores there become -inf and V rows zero. The new tokens that only later
+// query tokens of the row see have weight zero in earlier ones.
+// Shared memory: stages * 2 * 64 * D * 2 bytes (and FP8's scales); a unit's last stage serves to reduce the warps.
+// Roofline: memory, length * 2 * D * 2 bytes a KV head and row, in FP8 length * 2 * (D + 1).
 #pragma once
+#include "helix/gqa_fp8_state.cuh"
 #include "helix/gqa_state.cuh"
 
 namespace helix {
@@ -38,16 +43,23 @@ HELIX_DEVICE void copy_share(GqaShared<C>& shared, const TensorMap* k_map, const
         if (lane == 0) {
           const int boxes = min(Tile::boxes, (at.length - tile * C::tile + Tile::page_rows - 1) / Tile::page_rows);
           barrier_wait(&shared.empty[stage], phase);
-          barrier_expect(&shared.full[stage], u32(boxes * 2 * Tile::box_bytes));
+          barrier_expect(&shared.full[stage], u32(boxes * 2 * (Tile::box_bytes + (C::fp8 ? Tile::page_rows : 0))));
         }
 #pragma unroll
         for (int box = 0; box < Tile::boxes; ++box) {
           const int box_page = __shfl_sync(0xffffffffu, page, (tile - first) * Tile::boxes + box);
           const int box_token = tile * C::tile + box * Tile::page_rows;
           if (lane == 0 && box_token < at.length) {
-            const int w = box_page * C::kv_heads + at.kv_head, row = box_token % C::block;
+            const int w = box_page * C::kv_heads + at.kv_head, row = box_token % C::block / Tile::line_tokens;
             copy_box(shared.stage[stage][0] + box * Tile::box_bytes, k_map, &shared.full[stage], 0, row, 0, w);
             copy_box(shared.stage[stage][1] + box * Tile::box_bytes, v_map, &shared.full[stage], 0, row, 0, w);
+            if constexpr (C::fp8) {
+              const i64 from = i64(w) * C::block + box_token % C::block;
+              const u32 to = shared_address(shared.scales.of[stage]) + box * Tile::page_rows;
+              const u32 full = shared_address(&shared.full[stage]);
+              copy_bulk(to, args.k_scale + from, Tile::page_rows, full, kEvictFirst);
+              copy_bulk(to + C::tile, args.v_scale + from, Tile::page_rows, full, kEvictFirst);
+            }
           }
         }
         if (++stage == C::stages) stage = 0, phase ^= 1;
@@ -62,7 +74,7 @@ HELIX_DEVICE void finish_unit(GqaShared<C>& shared, const GqaArguments& args, co
                               int slot, int thread) {
   using Tile = GqaTile<C>;
   constexpr int vectors = C::head_dim / 4;
-  constexpr int items = C::group * vectors, rounds = (items + Tile::threads - 1) / Tile::threads;
+  constexpr int items = kQueries<C> * vectors, rounds = (items + Tile::threads - 1) / Tile::threads;
 #pragma unroll
   for (int round = 0; round < rounds; ++round) {
     const int i = round * Tile::threads + thread;
@@ -74,34 +86,37 @@ HELIX_DEVICE void finish_unit(GqaShared<C>& shared, const GqaArguments& args, co
       os[warp] = *reinterpret_cast<const float4*>(shared.o(stage, warp, column, dim));
     const Merge merge = Merge::of<Tile::warps>(os, shared.largest[column], shared.sum[column]);
     if (whole) {
-      const i64 head = (i64(at.row) * C::kv_heads + at.kv_head) * C::group + column;
-      merge.write_result(args.o + head * C::head_dim + dim, dim == 0 ? args.lse + head : nullptr);
+      const i64 query = first_group<C>(at.row, at.kv_head) * C::group + query_offset<C>(column);
+      merge.template write_result<C>(args.o + query * C::head_dim + dim, dim == 0 ? args.lse + query : nullptr);
     } else {
       args.space.write<C>(slot, column, dim, merge);
     }
   }
 }
 
-// One of the computing warps: its 16 tokens of every tile of the share.
+template <class C, bool = C::fp8> struct GqaStateOf { using Type = GqaState<C>; };
+template <class C> struct GqaStateOf<C, true> { using Type = GqaFp8State<C>; };
+
+// One of the computing warps: its tokens of every tile of the share.
 template <class C>
 HELIX_DEVICE void attend_share(GqaShared<C>& shared, const GqaArguments& args, GqaCursor at, int warp, int lane) {
   using Tile = GqaTile<C>;
-  static_assert(Tile::page_rows % 16 == 0, "a warp's 16 tokens lie in one page");
-  const int begin = warp * 16 / Tile::page_rows * Tile::box_bytes + warp * 16 % Tile::page_rows * 128;
+  using State = typename GqaStateOf<C>::Type;
+  const int begin = Tile::offset_of(warp);
   const u32 first_k = shared_address(shared.stage[0][0]) + u32(begin);
   u32 stage = 0, phase = 0;
   int slot = 2 * int(blockIdx.x);
-  GqaState<C> state;
+  State state;
   do {
     const int last = at.last();
-    state.start(args.q + (i64(at.row) * C::kv_heads + at.kv_head) * C::group * C::head_dim, lane);
+    state.start(args, at, lane);
     for (int tile = at.tile;;) {
-      const int valid = at.length - tile * C::tile - warp * 16;
+      const int valid = at.length - tile * C::tile - warp * Tile::warp_tokens;
       barrier_wait(&shared.full[stage], phase);
       if (valid > 0) {
-        if (valid < 16) clear_values<C>(shared.stage[stage][1] + begin, valid, lane);
+        if (valid < Tile::warp_tokens) State::clear_values(shared.stage[stage][1] + begin, valid, lane);
         const u32 k = first_k + stage * (2 * Tile::matrix_bytes);
-        state.attend(k, k + Tile::matrix_bytes, valid, lane);
+        state.attend(k, k + Tile::matrix_bytes, shared.scales.at(stage, warp), valid, lane);
       }
       if (++tile == last) break;
       __syncwarp();
@@ -123,9 +138,9 @@ HELIX_DEVICE void attend_share(GqaShared<C>& shared, const GqaArguments& args, G
 
 // Rows without a token: o = 0, lse = -inf.
 template <class C> HELIX_DEVICE void clear_empty_rows(const GqaArguments& args, int thread, int threads) {
-  constexpr int heads = C::kv_heads * C::group;
+  constexpr int heads = C::kv_heads * kQueries<C>;  // of all query tokens
   for (int row = blockIdx.x; row < args.rows; row += gridDim.x) {
-    if (args.lengths[row] > 0) continue;
+    if (row_length<C>(args.lengths, row) > 0) continue;
     u32* o = reinterpret_cast<u32*>(args.o + i64(row) * heads * C::head_dim);
     for (int i = thread; i < heads * C::head_dim / 2; i += threads) o[i] = 0;
     for (int i = thread; i < heads; i += threads) args.lse[i64(row) * heads + i] = minus_infinity();
@@ -135,8 +150,7 @@ template <class C> HELIX_DEVICE void clear_empty_rows(const GqaArguments& args, 
 template <class C>
 HELIX_DEVICE void gqa_partial(const TensorMap* k_map, const TensorMap* v_map, const GqaArguments& args) {
   using Tile = GqaTile<C>;
-  extern __shared__ __align__(1024) u8 memory[];
-  GqaShared<C>& shared = *reinterpret_cast<GqaShared<C>*>(memory);
+  GqaShared<C>& shared = *reinterpret_cast<GqaShared<C>*>(dynamic_shared());
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   // The schedule is older than the kernel before this one, which waited for the kernels before it in turn.
   const int* schedule = args.schedule + blockIdx.x * kScheduleWords;

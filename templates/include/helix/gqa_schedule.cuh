@@ -1,6 +1,6 @@
 // GQA schedule: what each thread block of the partial kernel does, made once a step for all layers.
 //
-//   lengths [B], page_table [B, max_pages]  ->  schedule [blocks, 64] int32: a BlockPlan and the page numbers of its
+//   lengths [B * T], page_table [B, max_pages]  ->  schedule [blocks, 64] int32: a BlockPlan and the page numbers of its
 //   first boxes, so that the partial kernel's first copy waits for one load only
 //
 // One warp a block. Shared memory: none. Roofline: latency.
@@ -9,6 +9,9 @@
 #include "helix/work_split.cuh"
 
 namespace helix {
+
+// Columns of a unit: the query heads of each of the row's query tokens.
+template <class C> constexpr int kQueries = C::group * C::query_tokens;
 
 // The block's part in merging one unit: it writes items [begin, end) (of 4 columns) from `count` parts. count 1: none.
 struct MergePlan {
@@ -31,7 +34,7 @@ constexpr int kPlanWords = 32, kScheduleWords = 64;
 static_assert(sizeof(BlockPlan) == kPlanWords * 4, "one word a lane");
 
 template <class C> HELIX_DEVICE MergePlan plan_merge(const Shares& shares, const Place& unit, int block) {
-  constexpr int items = C::group * C::head_dim / 4;
+  constexpr int items = kQueries<C> * C::head_dim / 4;
   const Parts parts(shares, unit);
   const int mine = block - parts.first;
   return {unit.row, unit.kv_head, parts.first, parts.count, parts.first_is_later_slot,
@@ -47,7 +50,7 @@ HELIX_DEVICE void gqa_schedule(int* schedule, const int* lengths, const int* pag
   const Shares shares(count_tiles<C>(lengths, rows, lane), int(gridDim.x));
   const int begin = shares.begin(block), end = shares.begin(block + 1);
   BlockPlan plan = {};
-  for (int row = lane; row < rows; row += kWarp) plan.empty_rows += lengths[row] == 0;
+  for (int row = lane; row < rows; row += kWarp) plan.empty_rows += row_length<C>(lengths, row) == 0;
   plan.empty_rows = __reduce_add_sync(0xffffffffu, plan.empty_rows);
   plan.merge[0].count = plan.merge[1].count = 1;
   plan.count = end - begin;
@@ -55,7 +58,7 @@ HELIX_DEVICE void gqa_schedule(int* schedule, const int* lengths, const int* pag
   if (begin < end) {
     const Place first = find_place<C>(lengths, rows, begin, lane), last = find_place<C>(lengths, rows, end - 1, lane);
     plan.row = first.row, plan.kv_head = first.kv_head, plan.tile = first.tile, plan.tiles = first.tiles;
-    plan.length = lengths[first.row];
+    plan.length = row_length<C>(lengths, first.row);
     plan.merge[0] = plan_merge<C>(shares, first, block);
     if (last.unit_begin != first.unit_begin) plan.merge[1] = plan_merge<C>(shares, last, block);
     const int token = first.tile * C::tile + lane * page_rows;

@@ -1,4 +1,4 @@
-// GQA partial: what one computing warp does with 16 tokens of a tile in shared memory (gqa_partial.cuh).
+// GQA partial in bf16: what one computing warp does with 16 tokens of a tile in shared memory (gqa_partial.cuh).
 #pragma once
 #include "helix/gqa_tile.cuh"
 
@@ -12,8 +12,11 @@ template <class C> struct GqaState {
   float o[steps][eights][4];
   float largest[eights][2], sum[eights][2];  // of scores in units of log2; sum: this lane's tokens only
   FragmentB q[steps][eights];
+  GqaBounds<C> bounds;
 
-  HELIX_DEVICE void start(const bfloat16* query, int lane) {
+  HELIX_DEVICE void start(const GqaArguments& args, const GqaCursor& at, int lane) {
+    const bfloat16* query = args.q + first_group<C>(at.row, at.kv_head) * C::group * C::head_dim;
+    bounds.start(args, at.row, at.length, lane);
 #pragma unroll
     for (int n = 0; n < eights; ++n) {
       const int column = n * 8 + lane / 4;
@@ -21,17 +24,20 @@ template <class C> struct GqaState {
       for (int step = 0; step < steps; ++step) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) o[step][n][i] = 0.0f;
-        const u32* words = reinterpret_cast<const u32*>(query + i64(column) * C::head_dim + step * 16);
-        q[step][n].x[0] = column < C::group ? words[lane % 4] : 0;
-        q[step][n].x[1] = column < C::group ? words[lane % 4 + 4] : 0;
+        const u32* words = reinterpret_cast<const u32*>(query + query_offset<C>(column) * C::head_dim + step * 16);
+        q[step][n].x[0] = column < kQueries<C> ? words[lane % 4] : 0;
+        q[step][n].x[1] = column < kQueries<C> ? words[lane % 4 + 4] : 0;
       }
 #pragma unroll
-      for (int i = 0; i < 2; ++i) largest[n][i] = minus_infinity(), sum[n][i] = 0.0f;
+      for (int i = 0; i < 2; ++i) largest[n][i] = nothing(), sum[n][i] = 0.0f;
     }
   }
 
+  // The largest score of no token. A query that sees a tile but none of its tokens must not subtract -inf from -inf.
+  HELIX_DEVICE static float nothing() { return C::query_tokens == 1 ? minus_infinity() : kLowest; }
+
   // 16 tokens whose K and V rows begin at shared addresses k and v; those from `valid` on do not count.
-  HELIX_DEVICE void attend(u32 k, u32 v, int valid, int lane) {
+  HELIX_DEVICE void attend(u32 k, u32 v, const u8*, int valid, int lane) {
     constexpr int plane = GqaTile<C>::plane_bytes;
     // ldmatrix rows: K as stored gives (token, dim) fragments, V transposed (dim, token) ones. The copy engine swapped
     // the 16-byte pieces of each 128-byte row: piece p of row r is at p ^ (r % 8).
@@ -67,7 +73,7 @@ template <class C> struct GqaState {
     float s[4], most[2], rescale[2];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      s[i] = lane / 4 + i / 2 * 8 < valid ? sum_of(dots, i) * scale : minus_infinity();
+      s[i] = bounds.admit(n, i % 2, lane / 4 + i / 2 * 8, valid) ? sum_of(dots, i) * scale : minus_infinity();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       most[i] = fmaxf(s[i], s[i + 2]);
@@ -111,18 +117,18 @@ template <class C> struct GqaState {
         if (lane < 4) shared.largest[column][warp] = largest[n][i], shared.sum[column][warp] = total;
       }
   }
-};
 
-// V rows that hold no token become zero: 0 * NaN is NaN.
-template <class C> HELIX_DEVICE void clear_values(u8* v, int valid, int lane) {
-  constexpr int pieces = C::head_dim / 8;
-  for (int i = lane; i < (16 - valid) * pieces; i += kWarp) {
-    const int row = valid + i / pieces, piece = i % pieces;
-    u8* at = v + piece / 8 * GqaTile<C>::plane_bytes + row * 128 + piece % 8 * 16;
-    *reinterpret_cast<Vector16*>(at) = Vector16{};
+  // V rows that hold no token become zero: 0 * NaN is NaN.
+  HELIX_DEVICE static void clear_values(u8* v, int valid, int lane) {
+    constexpr int pieces = C::head_dim / 8;
+    for (int i = lane; i < (16 - valid) * pieces; i += kWarp) {
+      const int row = valid + i / pieces, piece = i % pieces;
+      u8* at = v + piece / 8 * GqaTile<C>::plane_bytes + row * 128 + piece % 8 * 16;
+      *reinterpret_cast<Vector16*>(at) = Vector16{};
+    }
+    __syncwarp();
+    fence_async_proxy();
   }
-  __syncwarp();
-  fence_async_proxy();
-}
+};
 
 }  // namespace helix

@@ -12,6 +12,7 @@
 // returns; `status` (host memory) then tells which peer and which exchange, and what was computed is worthless.
 #pragma once
 #include "helix/peer.cuh"
+#include "helix/sm90.cuh"
 
 namespace helix {
 

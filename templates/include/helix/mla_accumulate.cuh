@@ -19,7 +19,7 @@ HELIX_DEVICE void mla_clear_tail(u32 values, int side, u32 valid) {
 }
 
 // O / sum in bf16 through the tile's own shared memory, so that a warp writes 512 contiguous bytes; each its 16 rows.
-HELIX_DEVICE void mla_write(bfloat16* to, const float (&o)[2][64], const float (&inverse)[2], u32 values, int heads) {
+HELIX_DEVICE void mla_write(bfloat16* to, const float (&o)[2][64], const float (&inverse)[2], u32 values, int queries) {
   const u32 thread = opaque(threadIdx.x) % 128, warp = thread / 32, lane = thread % 32;
   const u32 mine = values + warp * (2 * 2048);
 #pragma unroll
@@ -34,14 +34,14 @@ HELIX_DEVICE void mla_write(bfloat16* to, const float (&o)[2][64], const float (
   to += (warp * 16) * 512 + lane * 8;
 #pragma unroll
   for (u32 row = 0; row < 16; ++row)
-    if (int(warp * 16 + row) < heads)
+    if (int(warp * 16 + row) < queries)
       store_global(to + row * 512, load_shared_vector(from + row / 8 * 2048 + swizzled(row % 8, lane % 8 * 16)));
 }
 
-// Where a segment's result goes, from this block's first head and this side's first column on.
+// Where a segment's result goes, from this block's first query and this side's first column on.
 template <class C> HELIX_DEVICE bfloat16* mla_output(const MlaArguments& a, const Segment& segment, int side) {
   bfloat16* to = segment.whole ? a.o : a.part_o;
-  return to + (i64(segment.whole ? segment.row : segment.partial) * C::heads + head_half<C>() * 64) * 512 + side * 256;
+  return to + (i64(segment.whole ? segment.row : segment.partial) * C::queries + head_half<C>() * 64) * 512 + side * 256;
 }
 
 // One warpgroup: O[64][256] += P V over a segment, then O / sum to memory. `side` says which 256 columns.
@@ -57,7 +57,7 @@ template <class C> HELIX_DEVICE void mla_accumulate(const MlaArguments& a, u32 b
     const int length = segments.current->length;
     if (first_tile == last_tile) {
       bfloat16* to = mla_output<C>(a, *segments.current, side);
-      for (int i = thread; i < heads_here<C>() * 32; i += 128)
+      for (int i = thread; i < queries_here<C>() * 32; i += 128)
         store_global(to + i / 32 * 512 + i % 32 * 8, Vector16{{0, 0, 0, 0}});
       continue;
     }
@@ -96,7 +96,7 @@ template <class C> HELIX_DEVICE void mla_accumulate(const MlaArguments& a, u32 b
         const float inverse[2] = {load_shared(base + M::inverse + 4 * row0),
                                   load_shared(base + M::inverse + 4 * (row0 + 8))};
         named_barrier(1 + side, 128);  // all warps have read V and the sums
-        mla_write(mla_output<C>(a, *segments.current, side), o, inverse, values, heads_here<C>());
+        mla_write(mla_output<C>(a, *segments.current, side), o, inverse, values, queries_here<C>());
         fence_async_proxy();
         __syncwarp();
         mla_release<C>(base + M::empty(stage.index, region_of(side, 0)));

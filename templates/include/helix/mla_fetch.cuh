@@ -16,7 +16,7 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
   if (segments.left == 0) return;
   do {
     const Segment segment = *segments.current;
-    const int* pages = a.page_table + i64(segment.row) * a.max_pages;
+    const int* pages = a.page_table + i64(segment.row / C::shares) * a.max_pages;
     const int last_page = (segment.length - 1) / C::block, first_page = segment.first_tile * kPagesPerTile;
     const bool any = segment.first_tile < segment.last_tile;
     int current = any ? pages[min(first_page + lane, last_page)] : 0;

@@ -14,6 +14,7 @@ struct MlaArguments {
   const int* page_table;
   const Segment* segments;
   int max_pages;
+  const int* lengths;  // [rows, row_tokens]
 };
 
 // Regions in the order in which they are fetched and used: the rotary columns, then a half of each side's columns.
@@ -50,7 +51,9 @@ struct Stage {
 };
 
 template <class C> HELIX_DEVICE int head_half() { return C::cluster == 2 ? int(cluster_rank()) : 0; }
-template <class C> HELIX_DEVICE int heads_here() { return C::heads < 64 ? C::heads : 64; }
+template <class C> HELIX_DEVICE int queries_here() {
+  return C::queries < 64 ? C::queries : C::queries % 64 == 0 || head_half<C>() == 0 ? 64 : C::queries % 64;
+}
 template <class C> HELIX_DEVICE int worker_index() { return int(blockIdx.x) / C::cluster; }
 
 // The segments of this block's worker, in order.
@@ -77,6 +80,12 @@ template <class C> HELIX_DEVICE void mla_release(u32 empty) {
   } else {
     if (lane == 0) barrier_arrive(empty);
   }
+}
+
+// The bound of query token `token` of a segment's row; 0 for queries that only fill up a matrix.
+template <class C> HELIX_DEVICE int mla_bound(const MlaArguments& a, const Segment& segment, int token) {
+  if constexpr (C::row_tokens == 1) return segment.length;
+  else return token < C::row_tokens ? a.lengths[segment.row * C::row_tokens + token] : 0;
 }
 
 // Offset of byte `column` in row `row` of a [rows][128 bytes] tile with the 128-byte swizzle.

@@ -1,8 +1,8 @@
 // Merge: the partials of split rows into o and lse, weighted by their LSE; whole rows are not touched.
 //
-//   part_o [n, H, P], part_lse [n, H], split rows (mla_schedule.cuh) -> o [B, H, P] bf16, lse [B, H]
+//   part_o [n, Q, P], part_lse [n, Q], split rows (mla_schedule.cuh) -> o [B, Q, P] bf16, lse [B, Q]
 //
-// A strip is 256 columns of one head of one row, so that a warp loads 8 columns a lane. One, 4 or 16 warps share a
+// A strip is 256 columns of one query of one row, so that a warp loads 8 columns a lane. One, 4 or 16 warps share a
 // strip, the more the more partials there are: each has all its loads in flight at once. Roofline: L2.
 #pragma once
 #include "helix/mla_schedule.cuh"
@@ -20,6 +20,12 @@ struct Merged {  // of a lane's 8 columns, relative to exp(top)
   float top = minus_infinity(), total = 0.0f, values[8] = {};
 };
 
+// Of several query tokens one may have no token to attend to, in a partial or at all: 0 is its sum, -inf its top.
+template <class C> HELIX_DEVICE float divisor(float total) { return C::row_tokens > 1 && total == 0.0f ? 1.0f : total; }
+template <class C> HELIX_DEVICE float finite(float top) {
+  return C::row_tokens > 1 && is_minus_infinity(top) ? 0.0f : top;
+}
+
 // Partials first, first + stride, ... of one strip, eight at a time.
 template <class C>
 HELIX_DEVICE Merged merge_strip(const bfloat16* part_o, const float* part_lse, SplitRow row, int head,
@@ -31,19 +37,19 @@ HELIX_DEVICE Merged merge_strip(const bfloat16* part_o, const float* part_lse, S
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int n = base + i * stride;
-      const i64 at = (i64(row.first) + min(n, row.count - 1)) * C::heads + head;
+      const i64 at = (i64(row.first) + min(n, row.count - 1)) * C::queries + head;
       weight[i] = n < row.count ? part_lse[at] : minus_infinity();
       load_eight(values[i], part_o + at * C::partial_dim + column);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) largest = fmaxf(largest, weight[i]);
-    const float keep = __expf(sum.top - largest);
+    const float keep = __expf(sum.top - finite<C>(largest));
     sum.total *= keep;
 #pragma unroll
     for (int c = 0; c < 8; ++c) sum.values[c] *= keep;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const float w = __expf(weight[i] - largest);
+      const float w = __expf(weight[i] - finite<C>(largest));
       sum.total += w;
 #pragma unroll
       for (int c = 0; c < 8; ++c) sum.values[c] = fmaf(w, values[i][c], sum.values[c]);
@@ -56,7 +62,7 @@ HELIX_DEVICE Merged merge_strip(const bfloat16* part_o, const float* part_lse, S
 template <class C>
 HELIX_DEVICE void merge_splits(bfloat16* o, float* lse, const bfloat16* part_o, const float* part_lse,
                                const SplitRow* split, const int* split_count) {
-  constexpr int kWarps = C::threads / 32, kPieces = C::partial_dim / 256, kStrips = C::heads * kPieces;
+  constexpr int kWarps = C::threads / 32, kPieces = C::partial_dim / 256, kStrips = C::queries * kPieces;
   __shared__ SplitRow rows[C::max_splits];
   __shared__ float sums[kWarps][256], tops[kWarps], totals[kWarps];
   wait_for_previous_kernels();
@@ -67,7 +73,7 @@ HELIX_DEVICE void merge_splits(bfloat16* o, float* lse, const bfloat16* part_o, 
   int turn = blockIdx.x;  // batches of strips are dealt to the blocks in turn
   for (int i = 0; i < count; ++i) {
     const SplitRow row = rows[i];
-    const i64 out = i64(row.row) * C::heads;
+    const i64 out = i64(row.row) * C::queries;
     const int sharers = row.count <= 8 ? 1 : row.count <= 32 ? 4 : kWarps;  // warps a strip
     const int strips = kWarps / sharers, batches = kStrips / strips;
     for (; turn < batches; turn += gridDim.x) {
@@ -78,7 +84,8 @@ HELIX_DEVICE void merge_splits(bfloat16* o, float* lse, const bfloat16* part_o, 
         Vector16 packed;
 #pragma unroll
         for (int c = 0; c < 4; ++c)
-          packed.words[c] = pack_bfloat16(mine.values[2 * c] / mine.total, mine.values[2 * c + 1] / mine.total);
+          packed.words[c] = pack_bfloat16(mine.values[2 * c] / divisor<C>(mine.total),
+                                          mine.values[2 * c + 1] / divisor<C>(mine.total));
         store_global(o + (out + head) * C::partial_dim + column, packed);
         if (column == 0) lse[out + head] = mine.top + logf(mine.total);
         continue;
@@ -92,12 +99,12 @@ HELIX_DEVICE void merge_splits(bfloat16* o, float* lse, const bfloat16* part_o, 
         float largest = minus_infinity(), all = 0.0f, sum = 0.0f;
         for (int w = begin; w < begin + sharers; ++w) largest = fmaxf(largest, tops[w]);
         for (int w = begin; w < begin + sharers; ++w) {
-          const float weight = __expf(tops[w] - largest);
+          const float weight = __expf(tops[w] - finite<C>(largest));
           all += weight * totals[w];
           sum += weight * sums[w][at];
         }
         const int which = first + x / 256, c = which % kPieces * 256 + at % 32 * 8 + at / 32;
-        o[(out + which / kPieces) * C::partial_dim + c] = from_float<bfloat16>(sum / all);
+        o[(out + which / kPieces) * C::partial_dim + c] = from_float<bfloat16>(sum / divisor<C>(all));
         if (c == 0) lse[out + which / kPieces] = largest + logf(all);
       }
       __syncthreads();

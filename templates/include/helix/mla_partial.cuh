@@ -1,15 +1,16 @@
-// Partial of MLA on Hopper: one query token a row, absorbed queries, paged latent KV, bf16 with float32 sums.
+// Partial of MLA on Hopper: query tokens with a bound each, absorbed queries, paged latent KV, bf16 with float32 sums.
 //
-//   q [B, H, 576], kv [pages, block, 576], page_table [B, max_pages], a schedule (mla_schedule.cuh)  ->
-//   whole rows: o [B, H, 512], lse [B, H];  split rows: part_o [2 W, H, 512], part_lse [2 W, H] for the merge.
+//   q [B, Q, 576], kv [pages, block, 576], page_table [B / shares, max_pages], lengths [B, row_tokens], a schedule  ->
+//   whole rows: o [B, Q, 512], lse [B, Q];  split rows: part_o [2 W, Q, 512], part_lse [2 W, Q] for the merge.
 //
-// A worker is one thread block (H <= 64) or a cluster of two (H = 128, 64 heads each; every tile is fetched once and
-// multicast). Warpgroups: 0 fetches KV; 1 computes S = Q K' and its softmax; 2 and 3 accumulate 256 columns of O each.
+// The Q queries of a row (of mla_schedule.cuh) are all heads of `row_tokens` query tokens; `shares` rows in a row read
+// the same pages where more query tokens do not fit together. A worker is one thread block (Q <= 64) or a cluster of
+// two (Q <= 128, 64 queries in the first; every tile is fetched once and multicast). Warpgroups: 0 fetches KV; 1 computes S = Q K' and its softmax; 2 and 3 accumulate 256 columns of O each.
 // Shared memory: Q 72 KiB, two tiles of 64 tokens of KV (72 KiB each), P 8 KiB. A tile lies in five regions, 64 rotary
 // columns and four times 128: the unit in which it arrives, so that the scores start on the first, and in which its
 // memory is passed back. Within a region [8-token group][64-column chunk][8 tokens][128 bytes, swizzled]: K (k
-// contiguous) and V (n contiguous) are the same bytes. Roofline: memory, 1152 bytes a token, for H <= 64; the tensor
-// cores about as much for H = 128.
+// contiguous) and V (n contiguous) are the same bytes. Roofline: memory, 1152 bytes a token, for Q <= 64; the tensor
+// cores about as much for Q = 128.
 //
 // Programmatic dependent launch: the schedule and the page table are read before the previous kernel is waited for, so
 // they must be older than that; every kernel in the chain lets its successor start only after it has waited itself.
@@ -21,8 +22,7 @@
 namespace helix {
 
 template <class C> HELIX_DEVICE void mla_partial(const MlaArguments& a, const MlaMaps& maps) {
-  extern __shared__ __align__(1024) u8 memory[];
-  const u32 base = shared_address(memory);
+  const u32 base = shared_address(dynamic_shared());
   if (threadIdx.x == 0) {
     prefetch_map(maps.q);
     prefetch_map(maps.kv);

@@ -1,8 +1,8 @@
 // Schedule: which tokens each worker (a thread block, or a cluster that shares a KV tile) of the partial kernel reads.
 //
-//   lengths [B] -> segments [2 W + B]: worker w's first is [w], its others start at [.more]; split rows, for the merge
+//   lengths [B, row_tokens] -> segments [2 W + B]: worker w's first is [w], its others start at [.more]; split rows, for the merge
 //
-// A row is a run of 64-token tiles. Workers take tiles in order, near the average of what is left, but a worker keeps
+// A row is a run of 64-token tiles, as far as its last query token sees. Workers take tiles in order, near the average of what is left, but a worker keeps
 // whole rows and equal pieces of a long row where that costs at most 1/16 of the average: every cut is a partial that
 // must be written and merged. One thread decides; it is W + B short steps, once a step of the model.
 #pragma once
@@ -30,12 +30,18 @@ struct Schedule {
 
 HELIX_DEVICE int tiles_of(int length) { return (length + kTileTokens - 1) / kTileTokens; }
 
+// A row's largest bound: bounds rise from one query token to the next.
+template <int kRowTokens> HELIX_DEVICE int longest(const int* lengths, int row) {
+  return lengths[row * kRowTokens + kRowTokens - 1];
+}
+
+template <int kRowTokens>
 HELIX_DEVICE void make_schedule(Schedule out, const int* lengths, int rows, int workers) {
   constexpr int kCached = 2048;
   __shared__ int lanes[32], cached[kCached];
   int mine = 0;
   for (int row = threadIdx.x; row < rows; row += blockDim.x) {
-    const int length = lengths[row];
+    const int length = longest<kRowTokens>(lengths, row);
     mine += tiles_of(length);
     if (row < kCached) cached[row] = length;
   }
@@ -78,7 +84,7 @@ HELIX_DEVICE void make_schedule(Schedule out, const int* lengths, int rows, int 
       if (at < tiles) break;
       if (!whole) out.split[splits++] = {row, row_first_partial, partial - row_first_partial, 0};
       ++row, at = 0;
-      if (row < rows) length = row < kCached ? cached[row] : lengths[row];
+      if (row < rows) length = row < kCached ? cached[row] : longest<kRowTokens>(lengths, row);
       if (load >= share && workers_left > 1) break;
     }
     out.segments[worker] = first;

@@ -58,12 +58,16 @@ template <class C> struct MlaSoftmax {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = s[4 * j + 2 * r + e];
-          x = exp2_approximate(fmaf(x, kScale, -reference[r]));
+          x = exp2_approximate(fmaf(x, kScale, -finite(reference[r])));
           sum[r] += x;
         }
       }
     }
   }
+
+  // Queries with no token up to here have no finite reference, and -inf - -inf would be NaN.
+  HELIX_DEVICE static float finite(float x) { return C::row_tokens > 1 && is_minus_infinity(x) ? 0.0f : x; }
+  HELIX_DEVICE float inverse(int r) const { return C::row_tokens > 1 && sum[r] == 0.0f ? 0.0f : 1.0f / sum[r]; }
 
   HELIX_DEVICE void add_lanes() {
 #pragma unroll
@@ -101,7 +105,7 @@ HELIX_DEVICE void mla_publish(const float (&s)[32], const float (&factor)[2], Ml
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) {
       store_shared(base + M::rescale + 4 * (row + 8 * r), factor[r]);
-      if (last) store_shared(base + M::inverse + 4 * (row + 8 * r), 1.0f / softmax.sum[r]);
+      if (last) store_shared(base + M::inverse + 4 * (row + 8 * r), softmax.inverse(r));
     }
   }
   fence_async_proxy();
@@ -119,7 +123,8 @@ template <class C> HELIX_DEVICE void mla_softmax(const MlaArguments& a, u32 base
   if (segments.left == 0) return;
   do {
     const int first_tile = segments.current->first_tile, last_tile = segments.current->last_tile;
-    const int length = segments.current->length;
+    // A warp's 16 rows are heads of one query token.
+    const int bound = mla_bound<C>(a, *segments.current, (head_half<C>() * 64 + thread / 32 * 16) / C::heads);
     MlaSoftmax<C> softmax;
     if (first_tile < last_tile) {
       float s[32];
@@ -131,7 +136,7 @@ template <class C> HELIX_DEVICE void mla_softmax(const MlaArguments& a, u32 base
         stage.advance();
         const bool last = tile + 1 == last_tile;
         if (last && lane == 0) barrier_arrive(base + M::q_empty);
-        mla_mask(s, length - tile * kTileTokens);
+        mla_mask(s, bound - tile * kTileTokens);
         float factor[2];
         softmax.refer(s, factor);
         softmax.weigh(s);
@@ -141,11 +146,11 @@ template <class C> HELIX_DEVICE void mla_softmax(const MlaArguments& a, u32 base
     }
     if (lane % 4 == 0) {
       const Segment& segment = *segments.current;
-      float* lse = segment.whole ? a.lse + i64(segment.row) * C::heads : a.part_lse + i64(segment.partial) * C::heads;
+      float* lse = segment.whole ? a.lse + i64(segment.row) * C::queries : a.part_lse + i64(segment.partial) * C::queries;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int head = head_half<C>() * 64 + row0 + 8 * r;
-        if (head < C::heads) lse[head] = softmax.reference[r] * 0.6931471805599453f + logf(softmax.sum[r]);
+        const int query = head_half<C>() * 64 + row0 + 8 * r;
+        if (query < C::queries) lse[query] = softmax.reference[r] * 0.6931471805599453f + logf(softmax.sum[r]);
       }
     }
   } while (segments.next());

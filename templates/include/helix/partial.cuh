@@ -1,36 +1,67 @@
-// Partial: attention of one query token a row over this rank's paged KV, split over the tokens.
+// Partial: attention of T query tokens a row over this rank's paged KV, split over the cached tokens.
 //
-//   q [B, H, D], cache k (and v), page_table [B, max_pages], lengths [B]  ->
-//   o [S, B, H, P] float32, normalised by its own softmax sum, and lse [S, B, H] float32, natural log
+//   q [N, H, D] with N = B * T, cache k (and v), page_table [B, max_pages], lengths [N]  ->
+//   o [S, N, H, P] float32, normalised by its own softmax sum, and lse [S, N, H] float32, natural log
 //   MLA: cache k [pages, block, D], v = its first P columns.  GQA: cache k, v [pages, KH, block, D], P = D.
+//   FP8 caches have scales beside them, a byte for each group of columns in place of the columns.
 //
-// Grid (head tiles, B, S). One thread block: one row, up to head_tile query heads that share a KV head, one split.
-// It walks its tokens in tiles: copy K (and V) to shared memory, scores, running softmax, accumulate O in registers.
-// A split, or a row, without tokens gives o = 0 and lse = -inf. Nothing beyond lengths[b] is read: the rest of the
-// last tile is zero-filled, because those pages may hold NaN and 0 * NaN = NaN.
-// Shared memory: q head_tile*D*4, K token_tile*(D*size + 4), V the same for GQA, scores head_tile*token_tile*4 bytes.
-// Roofline: memory, length * kv_width elements a KV head and row, read once a head tile. This version computes with
-// scalar FMAs and does not overlap copies with arithmetic.
+// Grid (head tiles, N, S). One thread block: one query token, up to head_tile query heads that share a KV head, one
+// split. It walks its tokens in tiles: copy K (and V) to shared memory, scores, running softmax, accumulate O in
+// registers. A split, or a query, without tokens gives o = 0 and lse = -inf. Nothing beyond lengths[n] is read: the rest
+// of the last tile is zero-filled, because those pages may hold NaN and 0 * NaN = NaN.
+// Shared memory: q head_tile*D*4, K token_tile*(D*size + 4) with size 2 for FP8, V the same for GQA, scores
+// head_tile*token_tile*4 bytes.
+// Roofline: memory, length * kv_width elements a KV head and query, read once a head tile. This version computes with
+// scalar FMAs, does not overlap copies with arithmetic, and reads a row's KV anew for each of its query tokens.
 #pragma once
 #include "helix/warp.cuh"
 
 namespace helix {
 
+// What shared memory holds of a cached element: FP8 times its scale is exact in bfloat16.
+template <class Cached> struct Tiled { using Type = Cached; };
+template <> struct Tiled<float8_e4m3fn> { using Type = bfloat16; };
+
 template <class C> struct PartialTile {
-  using Cached = typename C::Cached;
-  static constexpr int kVector = int(sizeof(Vector16) / sizeof(Cached));       // elements a 16-byte load
-  static constexpr int kStride = C::head_dim + int(sizeof(u32) / sizeof(Cached));  // one odd word: no bank conflicts
+  using Element = typename Tiled<typename C::Cached>::Type;
+  static constexpr int kVector = int(sizeof(Vector16) / sizeof(Element));           // elements a 16-byte vector
+  static constexpr int kStride = C::head_dim + int(sizeof(u32) / sizeof(Element));  // one odd word: no bank conflicts
   float q[C::head_tile][C::head_dim];
   float score[C::head_tile][C::token_tile];
   float largest[C::head_tile], sum[C::head_tile], rescale[C::head_tile];
-  alignas(4) Cached k[C::token_tile * kStride];
-  alignas(4) Cached v[C::mla ? 1 : C::token_tile * kStride];
+  alignas(4) Element k[C::token_tile * kStride];
+  alignas(4) Element v[C::mla ? 1 : C::token_tile * kStride];
 };
+
+// One vector of a cached token: `column` and what follows it. Only an FP8 cache has scales.
+template <class C, class Cached>
+HELIX_DEVICE Vector16 load_vector(const Cached* cache, const u8*, i64 token, int column) {
+  return *reinterpret_cast<const Vector16*>(cache + token * C::head_dim + column);
+}
+
+template <class C>
+HELIX_DEVICE Vector16 load_vector(const float8_e4m3fn* cache, const u8* scales, i64 token, int column) {
+  constexpr int groups = (C::head_dim + kScaleColumns - 1) / kScaleColumns;
+  const float scale = scale_to_float(scales[token * groups + column / kScaleColumns]);
+  const u64 elements = *reinterpret_cast<const u64*>(cache + token * C::head_dim + column);
+  Vector16 vector;
+#pragma unroll
+  for (int word = 0; word < 4; ++word) {
+    u32 pair[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float8_e4m3fn element = {u8(elements >> (16 * word + 8 * half))};
+      pair[half] = from_float<bfloat16>(to_float(element) * scale).bits;
+    }
+    vector.words[word] = pair[0] | pair[1] << 16;
+  }
+  return vector;
+}
 
 // Copies tokens [begin, begin + token_tile) of one row and KV head; tokens from `end` on become zero.
 template <class C>
-HELIX_DEVICE void load_tile(typename C::Cached* tile, const typename C::Cached* cache, const int* pages, int kv_head,
-                            int begin, int end) {
+HELIX_DEVICE void load_tile(typename PartialTile<C>::Element* tile, const typename C::Cached* cache, const u8* scales,
+                            const int* pages, int kv_head, int begin, int end) {
   using Tile = PartialTile<C>;
   constexpr int vectors = C::head_dim / Tile::kVector;
   for (int i = threadIdx.x; i < C::token_tile * vectors; i += C::threads) {
@@ -38,8 +69,7 @@ HELIX_DEVICE void load_tile(typename C::Cached* tile, const typename C::Cached* 
     Vector16 data = {};
     if (position < end) {
       const i64 head = i64(pages[position / C::block]) * C::kv_heads + kv_head;
-      const i64 offset = (head * C::block + position % C::block) * C::head_dim + column;
-      data = *reinterpret_cast<const Vector16*>(cache + offset);
+      data = load_vector<C>(cache, scales, head * C::block + position % C::block, column);
     }
     u32* words = reinterpret_cast<u32*>(tile + token * Tile::kStride + column);
 #pragma unroll
@@ -51,7 +81,7 @@ HELIX_DEVICE void load_tile(typename C::Cached* tile, const typename C::Cached* 
 template <class C> HELIX_DEVICE void score_tile(PartialTile<C>& tile, int begin, int end) {
   for (int i = threadIdx.x; i < C::head_tile * C::token_tile; i += C::threads) {
     const int head = i / C::token_tile, token = i % C::token_tile;
-    const typename C::Cached* k = tile.k + token * PartialTile<C>::kStride;
+    const auto* k = tile.k + token * PartialTile<C>::kStride;
     float dot = 0.0f;
 #pragma unroll 8
     for (int d = 0; d < C::head_dim; ++d) dot += tile.q[head][d] * to_float(k[d]);
@@ -85,7 +115,8 @@ template <class C> HELIX_DEVICE void softmax_tile(PartialTile<C>& tile) {
 
 template <class C>
 HELIX_DEVICE void partial(float* o, float* lse, const typename C::Element* q, const typename C::Cached* cache_k,
-                          const typename C::Cached* cache_v, const int* page_table, const int* lengths, int max_pages) {
+                          const typename C::Cached* cache_v, const u8* k_scale, const u8* v_scale,
+                          const int* page_table, const int* lengths, int max_pages) {
   constexpr int group = C::heads / C::kv_heads, tiles_per_group = (group + C::head_tile - 1) / C::head_tile;
   constexpr int kOutputs = (C::head_tile * C::partial_dim + C::threads - 1) / C::threads;  // of each thread
   __shared__ PartialTile<C> tile;
@@ -93,12 +124,12 @@ HELIX_DEVICE void partial(float* o, float* lse, const typename C::Element* q, co
   const int kv_head = blockIdx.x / tiles_per_group;
   const int first = int(blockIdx.x) % tiles_per_group * C::head_tile;  // head within the group
   const int heads = min(C::head_tile, group - first);                  // the last tile may be smaller
-  const int row = blockIdx.y, split = blockIdx.z;
-  const i64 head_row = i64(row) * C::heads + kv_head * group + first;
-  const int* pages = page_table + i64(row) * max_pages;
+  const int query = blockIdx.y, split = blockIdx.z;
+  const i64 head_row = i64(query) * C::heads + kv_head * group + first;
+  const int* pages = page_table + i64(query / C::query_tokens) * max_pages;
 
   // Whole tiles are dealt to the splits, so that only the last one masks.
-  const int length = lengths[row], tiles = (length + C::token_tile - 1) / C::token_tile;
+  const int length = lengths[query], tiles = (length + C::token_tile - 1) / C::token_tile;
   const int share = (tiles + int(gridDim.z) - 1) / int(gridDim.z) * C::token_tile;
   const i64 begin = i64(split) * share;
   const int end = int(min(begin + share, i64(length)));
@@ -113,14 +144,14 @@ HELIX_DEVICE void partial(float* o, float* lse, const typename C::Element* q, co
 
   for (i64 at = begin; at < end; at += C::token_tile) {
     __syncthreads();  // the previous tile has been used, and q is complete
-    load_tile<C>(tile.k, cache_k, pages, kv_head, int(at), end);
-    if constexpr (!C::mla) load_tile<C>(tile.v, cache_v, pages, kv_head, int(at), end);
+    load_tile<C>(tile.k, cache_k, k_scale, pages, kv_head, int(at), end);
+    if constexpr (!C::mla) load_tile<C>(tile.v, cache_v, v_scale, pages, kv_head, int(at), end);
     __syncthreads();
     score_tile<C>(tile, int(at), end);
     __syncthreads();
     softmax_tile<C>(tile);
     __syncthreads();
-    const typename C::Cached* values = C::mla ? tile.k : tile.v;
+    const auto* values = C::mla ? tile.k : tile.v;
 #pragma unroll
     for (int n = 0; n < kOutputs; ++n) {
       const int i = threadIdx.x + n * C::threads, head = i / C::partial_dim, column = i % C::partial_dim;

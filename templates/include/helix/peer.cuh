@@ -33,8 +33,4 @@ HELIX_DEVICE u64 nanoseconds() {
   return time;
 }
 
-// Programmatic dependent launch: the previous kernel has finished, its writes are visible; the next one may start.
-HELIX_DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-HELIX_DEVICE void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
 }  // namespace helix

@@ -50,8 +50,8 @@ HELIX_DEVICE void reduce(typename C::Element* residual_out, typename C::Element*
     const i64 half = group.exchange() % 2;
     return reinterpret_cast<Vector16*>(group.inbox(inbox)) + ((half * C::members + sender) * max_rows + row) * vectors;
   };
-  wait_for_previous_kernel();
-  let_next_kernel_begin();
+  wait_for_previous_kernels();
+  let_next_kernel_start();
 
   for (int step = 1; step < C::members; ++step) {
     const int member = (group.rank + step) % C::members;

@@ -1,7 +1,7 @@
 // What Hopper has and CUDA C++ without headers does not spell: mbarriers, the tensor copy engine, warpgroup fences,
 // clusters, programmatic dependent launch. Shared memory is addressed by 32-bit addresses throughout.
 #pragma once
-#include "helix/element.cuh"
+#include "helix/operand.cuh"
 
 namespace helix {
 
@@ -9,6 +9,12 @@ struct alignas(64) TensorMap { u64 opaque[16]; };  // CUtensorMap's ABI
 static_assert(sizeof(TensorMap) == 128, "tensor map");
 
 HELIX_DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+
+// The dynamic shared memory of the launch.
+HELIX_DEVICE u8* dynamic_shared() {
+  extern __shared__ __align__(1024) u8 memory[];
+  return memory;
+}
 
 HELIX_DEVICE bool elect_one() {
   u32 elected;
@@ -116,15 +122,14 @@ HELIX_DEVICE void copy_5d(u32 to, const TensorMap* map, u32 barrier, int x0, int
       : "memory");
 }
 
-// Shared-memory operand of wgmma in 128-byte rows with the 128-byte swizzle. K contiguous: `stride` is the distance
-// between 8-row groups, `lead` unused. Otherwise: `lead` between 64-column groups, `stride` between 8-row groups.
-struct MatrixOperand {
-  u32 low, high;
-  HELIX_DEVICE MatrixOperand(u32 address, u32 lead, u32 stride)
-      : low((address & 0x3ffff) >> 4 | (lead >> 4) << 16), high(stride >> 4 | 1u << 30) {}
-  // The same, `bytes` on.
-  HELIX_DEVICE u64 at(u32 bytes) const { return u64(high) << 32 | (low + (bytes >> 4)); }
-};
+// `bytes` bytes, a multiple of 16, from global to shared memory, both at multiples of 16.
+HELIX_DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier, u64 policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
 
 // x, of which the compiler knows nothing: keeps it from computing ahead of a loop, and holding, what x leads to.
 HELIX_DEVICE u32 opaque(u32 x) {
@@ -203,6 +208,11 @@ HELIX_DEVICE float load_shared(u32 address) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
   return __int_as_float(int(word));
 }
+HELIX_DEVICE u32 load_shared_byte(u32 address) {
+  u32 byte;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(address) : "memory");
+  return byte;
+}
 HELIX_DEVICE Vector16 load_shared_vector(u32 address) {
   Vector16 v;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -210,6 +220,25 @@ HELIX_DEVICE Vector16 load_shared_vector(u32 address) {
                : "r"(address)
                : "memory");
   return v;
+}
+
+// Global memory that other thread blocks read and write at the same time: whole words, in no order.
+HELIX_DEVICE void store_relaxed(float* to, const float4& x) {
+  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], { %1, %2, %3, %4 };" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z),
+               "f"(x.w)
+               : "memory");
+}
+HELIX_DEVICE void store_relaxed(float* to, float x) {
+  asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(to), "f"(x) : "memory");
+}
+HELIX_DEVICE void load_relaxed(u32 (&x)[4], const float* from) {
+  asm volatile("ld.relaxed.gpu.global.v4.u32 { %0, %1, %2, %3 }, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "l"(from)
+               : "memory");
+}
+HELIX_DEVICE void load_relaxed(u32& x, const float* from) {
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
 }
 
 }  // namespace helix

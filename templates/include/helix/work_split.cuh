@@ -18,12 +18,17 @@ HELIX_DEVICE int inclusive_scan(int x, int lane) {
   return x;
 }
 
+// The local tokens of a row: what the last of its query tokens attends.
+template <class C> HELIX_DEVICE int row_length(const int* lengths, int row) {
+  return lengths[row * C::query_tokens + C::query_tokens - 1];
+}
+
 template <class C> HELIX_DEVICE int tiles_of(int length) { return (length + C::tile - 1) / C::tile; }
 
 // W. Called by whole warps.
 template <class C> HELIX_DEVICE int count_tiles(const int* lengths, int rows, int lane) {
   int tiles = 0;
-  for (int row = lane; row < rows; row += kWarp) tiles += tiles_of<C>(lengths[row]);
+  for (int row = lane; row < rows; row += kWarp) tiles += tiles_of<C>(row_length<C>(lengths, row));
   return __reduce_add_sync(0xffffffffu, tiles) * C::kv_heads;
 }
 
@@ -39,7 +44,7 @@ struct Place {
 template <class C> HELIX_DEVICE Place find_place(const int* lengths, int rows, int at, int lane) {
   int before = 0;
   for (int first = 0; first < rows; first += kWarp) {
-    const int tiles = first + lane < rows ? tiles_of<C>(lengths[first + lane]) : 0;
+    const int tiles = first + lane < rows ? tiles_of<C>(row_length<C>(lengths, first + lane)) : 0;
     const int through = before + inclusive_scan(tiles, lane) * C::kv_heads;
     const u32 beyond = __ballot_sync(0xffffffffu, at < through);
     if (beyond) {

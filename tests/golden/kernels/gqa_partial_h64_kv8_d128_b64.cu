@@ -4,7 +4,8 @@
 
 struct Config {
   static constexpr int kv_heads = 8, group = 8, head_dim = 128, block = 64;
-  static constexpr int tile = 64, stages = 4;
+  static constexpr int query_tokens = 1, tile = 64, stages = 4;
+  static constexpr bool fp8 = false;
   static constexpr float scale = 0.08838834764831845f;
   static constexpr helix::Overlap overlap = helix::Overlap::old_tokens;
 };
@@ -15,6 +16,8 @@ static_assert(helix::GqaTile<Config>::threads + helix::kWarp == 160, "four warps
 extern "C" __global__ void __launch_bounds__(160, 1)
 gqa_partial_h64_kv8_d128_b64(const __grid_constant__ helix::TensorMap k, const __grid_constant__ helix::TensorMap v, helix::bfloat16* o,
            float* lse, float* part_o, float* part_lse, const helix::bfloat16* q, const int* page_table,
-           const int* lengths, const int* schedule, int rows, int max_pages) {
-  helix::gqa_partial<Config>(&k, &v, {o, lse, q, page_table, lengths, schedule, {part_o, part_lse}, rows, max_pages});
+           const int* lengths, const int* schedule, int rows, int max_pages, const helix::u8* k_scale,
+           const helix::u8* v_scale) {
+  helix::gqa_partial<Config>(&k, &v, {o, lse, q, page_table, lengths, schedule, {part_o, part_lse}, rows, max_pages,
+                                      k_scale, v_scale});
 }

@@ -3,8 +3,8 @@
 #include "helix/mla_merge.cuh"
 
 struct Config {
-  static constexpr int heads = 128, partial_dim = 512, threads = 512;
-  static constexpr int max_splits = 148;
+  static constexpr int queries = 128 * 1, partial_dim = 512, threads = 512;
+  static constexpr int max_splits = 148, row_tokens = 1;
 };
 
 extern "C" __global__ void __launch_bounds__(Config::threads, 2)

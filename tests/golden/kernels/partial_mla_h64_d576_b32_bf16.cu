@@ -6,7 +6,7 @@ struct Config {
   using Element = helix::bfloat16;
   using Cached = helix::bfloat16;
   static constexpr int heads = 64, kv_heads = 1, head_dim = 576, partial_dim = 512;
-  static constexpr int block = 32;
+  static constexpr int block = 32, query_tokens = 1;
   static constexpr bool mla = true;
   static constexpr float scale = 0.07216878364870322f;
   static constexpr int threads = 128, head_tile = 8, token_tile = 16;
@@ -14,6 +14,7 @@ struct Config {
 
 extern "C" __global__ void __launch_bounds__(Config::threads)
 partial_mla_h64_d576_b32_bf16(float* o, float* lse, const Config::Element* q, const Config::Cached* cache_k,
-           const Config::Cached* cache_v, const int* page_table, const int* lengths, int max_pages) {
-  helix::partial<Config>(o, lse, q, cache_k, cache_v, page_table, lengths, max_pages);
+           const Config::Cached* cache_v, const unsigned char* k_scale, const unsigned char* v_scale,
+           const int* page_table, const int* lengths, int max_pages) {
+  helix::partial<Config>(o, lse, q, cache_k, cache_v, k_scale, v_scale, page_table, lengths, max_pages);
 }

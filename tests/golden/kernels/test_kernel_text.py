@@ -16,8 +16,10 @@ _HERE = Path(__file__).parent
 _SOURCES = render_all(
     (
         *problems(mla(64, 32), 2, "sm_100a"),
+        attention(mla(16, 64, kv_dtype="float8_e4m3fn", query_tokens=4), "sm_100a")[0],
         *attention(mla(128, 32), "sm_90a"),
         *attention(gqa(64, 8, 128, 64), "sm_90a"),
+        attention(gqa(8, 2, 64, 32, kv_dtype="float8_e4m3fn", query_tokens=4), "sm_90a")[1],
         problems(gqa(8, 1, 128, 64, "float16"), 1, "sm_90a")[1],
         problems(gqa(9, 3, 64, 4, "float32"), 3, "sm_90a")[0],
     )

@@ -18,7 +18,7 @@ extern "C" {
 unsigned slow_times = 0, slow_one_in = 1, slow_microseconds = 0;
 }
 inline void dawdle() {
-  simt::yield();
+  simt::wait_outside();
   static std::minstd_rand random(std::random_device{}());
   if (slow_times > 0 && random() % slow_one_in == 0) {
     --slow_times;
@@ -45,7 +45,5 @@ inline u64 nanoseconds() {
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
-inline void wait_for_previous_kernel() {}
-inline void let_next_kernel_begin() {}
 
 }  // namespace helix

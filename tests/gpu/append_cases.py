@@ -1,0 +1,93 @@
+"""Random inputs of Ops.append, as strided as a model's, and how near to the oracle what it stores must be."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from helixc_runtime.attention_shape import AttentionShape
+from helixc_runtime.manifest import SCALE_COLUMNS
+from helixc_runtime.ops import GqaProjections, MlaProjections, Projections
+from helixc_runtime.quantize import EXPONENT_BIAS, dequantize
+
+_UNUSED = 16  # columns beside a projection's in a fused one: NaN, so that reading them shows
+
+
+def random_projections(
+    shape: AttentionShape, tokens: int, device: torch.device, generator: torch.Generator
+) -> Projections:
+    """Slices of fused projections and a transposed product, all in shape.dtype.
+
+    Tokens differ in magnitude, every second is small enough for the norm's eps to matter, and so do the groups of
+    columns that an FP8 scale covers, so that another group's scale is noticed. Some elements are subnormal in FP8.
+    """
+    dtype: torch.dtype = getattr(torch, shape.dtype)
+    gain = 10.0 ** (torch.rand(tokens, 1, 1, generator=generator) * 2 - 1)
+    gain[::2] = 1e-3
+
+    def normal(heads: int, width: int, unused: int) -> Tensor:
+        """[tokens, heads, unused + width], NaN in the unused columns."""
+        groups = -(-width // SCALE_COLUMNS)
+        group_gain = torch.exp2(-torch.randint(0, 4, (tokens, heads, groups), generator=generator).float())
+        x = torch.randn(tokens, heads, width, generator=generator) * gain
+        x *= group_gain.repeat_interleave(SCALE_COLUMNS, dim=-1)[..., :width]
+        x = torch.where(torch.rand(x.shape, generator=generator) < 0.1, x * 2.0**-13, x)
+        return torch.cat((torch.full((tokens, heads, unused), torch.nan), x), dim=-1).to(device, dtype)
+
+    def weight(width: int) -> Tensor:
+        return (torch.rand(width, generator=generator) + 0.5).to(device, dtype)
+
+    heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.head_dim
+    if shape.is_mla:
+        latent = shape.partial_dim
+        q_latent = normal(heads, latent, 0).transpose(0, 1).contiguous().transpose(0, 1)  # heads are its outer dim
+        q_rope = normal(heads, shape.rope_dim, _UNUSED)[..., _UNUSED:]
+        return MlaProjections(q_latent, q_rope, normal(1, dim, _UNUSED)[:, 0, _UNUSED:], weight(latent))
+    parts = [normal(count, dim, 0).flatten(1) for count in (heads, kv_heads, kv_heads)]
+    fused = torch.cat(parts, dim=1).split([part.shape[1] for part in parts], dim=1)  # as of one qkv projection
+    q, k, v = (part.unflatten(1, (-1, dim)) for part in fused)
+    return GqaProjections(q, k, v, *((weight(dim), weight(dim)) if shape.qk_norm else ()))
+
+
+def doubled(new: Projections) -> Projections:
+    """A float64 copy, for the oracle."""
+    tensors = (getattr(new, field.name) for field in fields(new))
+    return type(new)(*(None if tensor is None else tensor.double() for tensor in tensors))
+
+
+def vector_error(got: Tensor, want: Tensor) -> float:
+    """The largest relative error of a vector (the last dim); NaN in `got` gives NaN, which no bound admits."""
+    if not got.numel():
+        return 0.0
+    error = (got.double() - want.double()).norm(dim=-1) / want.double().norm(dim=-1).clamp_min(1e-30)
+    return float(error.max())
+
+
+def check_quantized(
+    elements: Tensor, scales: Tensor, like_elements: Tensor, like_scales: Tensor, exact: Tensor, bound: float
+) -> None:
+    """Raise AssertionError unless FP8 tokens [..., D] equal those of the same arithmetic elsewhere, up to rounding.
+
+    One element in a hundred may be the neighbour of the other's. A scale may differ only where the float64 `exact` is
+    so near a limit, 448 times a power of two, that rounding by `bound` decides which side it is on.
+    """
+    width = elements.shape[-1]
+    largest = torch.stack([g.abs().amax(-1) for g in exact.split(SCALE_COLUMNS, dim=-1)], dim=-1)
+    low = torch.minimum(scales, like_scales).double()
+    ratio = largest / (448 * torch.exp2(low - EXPONENT_BIAS))
+    other = scales != like_scales
+    assert ((ratio[other] - 1).abs() <= bound).all(), f"scales differ: {scales[other]} and {like_scales[other]}"
+    same = ~other.repeat_interleave(SCALE_COLUMNS, dim=-1)[..., :width]
+    steps = (_ordinal(elements) - _ordinal(like_elements)).abs()[same]
+    assert not steps.numel() or int(steps.max()) <= 1, f"elements differ by {steps.max()} steps"
+    assert int(steps.sum()) <= max(1, steps.numel() // 100), f"{steps.sum()} of {steps.numel()} elements differ"
+    # Half a unit in the last of 4 bits at most.
+    assert vector_error(dequantize(elements, scales), exact) <= 2.0**-4 + bound
+
+
+def _ordinal(elements: Tensor) -> Tensor:
+    """The place of FP8 elements in the order of their values."""
+    codes = elements.view(torch.uint8).int()
+    return torch.where(codes < 128, codes, 128 - codes)

@@ -1,0 +1,155 @@
+"""Hopper's GQA kernels over FP8 caches and for several query tokens a row, without a GPU (see simt.h)."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from helixc.codegen.template_root import template_root
+from helixc_runtime.attend_cuda import HopperGqa
+from helixc_runtime.attention_shape import AttentionShape
+from helixc_runtime.ops_cuda import CudaOps
+from tests.gpu.kernel_cases import Case, check_attend, gqa, random_case
+from tests.simt.cpu_kernel import ASYNCHRONY, Gpu, KernelFault, cpu_ops
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+CPU = torch.device("cpu")
+BOUND = 5e-3  # relative Frobenius error of o in bfloat16
+FP8 = "float8_e4m3fn"
+SHAPES = {
+    "fp8 2,2 d64 b16": gqa(2, 2, 64, 16, kv_dtype=FP8),
+    "fp8 8,1 d128 b64": gqa(8, 1, 128, 64, kv_dtype=FP8),
+    "fp8 16,1 d128 b16": gqa(16, 1, 128, 16, kv_dtype=FP8),
+    "fp8 10,2 d64 b256": gqa(10, 2, 64, 256, kv_dtype=FP8),
+    "fp8 8,2 d128 b32 4 tokens": gqa(8, 2, 128, 32, kv_dtype=FP8, query_tokens=4),
+    "fp8 1,1 d64 b64 3 tokens": gqa(1, 1, 64, 64, kv_dtype=FP8, query_tokens=3),
+    "fp8 6,2 d128 b128 2 tokens": gqa(6, 2, 128, 128, kv_dtype=FP8, query_tokens=2),
+    "8,2 d128 b64 2 tokens": gqa(8, 2, 128, 64, query_tokens=2),
+    "5,1 d64 b16 3 tokens": gqa(5, 1, 64, 16, query_tokens=3),
+    "4,2 d64 b128 4 tokens": gqa(4, 2, 64, 128, query_tokens=4),
+}
+SMALL = gqa(2, 1, 64, 16, kv_dtype=FP8, query_tokens=4)
+
+
+@pytest.fixture
+def seed() -> int:
+    value = random.randrange(1 << 30)
+    print("seed", value)
+    return value
+
+
+def hopper_ops(
+    shape: AttentionShape, folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: Gpu, root: Path | None = None
+) -> CudaOps:
+    """CudaOps with Hopper's kernels of attend; its other kernels do nothing."""
+    ops = cpu_ops(shape, 1, folder, monkeypatch, gpu, root, "sm_90a", idle=("append", "combine"))
+    assert isinstance(ops._attend, HopperGqa)
+    return ops
+
+
+def hostile_case(shape: AttentionShape, seed: int) -> Case:
+    """No tokens, ends around pages and tiles; heads of unlike magnitude; query tokens whose bounds are far apart."""
+    draw = random.Random(seed)
+    lengths = [0, 1, 31, 32, 64, 129, draw.randint(2, 150), draw.randint(260, 520), 128, 17]
+    case = random_case(shape, lengths, CPU, seed, appended=True)
+    gains = torch.tensor([2.0 ** -(head % 4) for head in range(shape.heads)], dtype=torch.bfloat16)
+    bounds = case.batch.lengths.view(-1, shape.query_tokens)
+    for row in range(0, len(lengths), 2):
+        bounds[row, :-1] = torch.tensor(sorted(draw.randint(0, lengths[row]) for _ in range(shape.query_tokens - 1)))
+        bounds[row, : min(row // 2 % 2, shape.query_tokens - 1)] = 0
+    return dataclasses.replace(case, q=case.q * gains.unsqueeze(1))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_any_order_gives_the_oracles_result_and_the_same_bits(
+    shape: AttentionShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """On GPUs that cut rows into parts, and on one that has more multiprocessors than there are tiles."""
+    case, processors, bits = hostile_case(shape, seed), random.Random(seed).choice([1, 3, 7, 60]), set()
+    for asynchrony in ASYNCHRONY:
+        ops = hopper_ops(shape, tmp_path, monkeypatch, Gpu(processors, seed, asynchrony))
+        check_attend(ops, case, BOUND)
+        o, lse = ops.attend(case.q, case.cache, case.batch)
+        bits.add((o.view(torch.uint8).numpy().tobytes(), lse.numpy().tobytes()))
+    assert len(bits) == 1, "the result depends on the order of events"
+
+
+def test_scales_far_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Queries beyond float16 and keys as small; values of which some are 2^120 times others."""
+    case, ops = hostile_case(SMALL, seed), hopper_ops(SMALL, tmp_path, monkeypatch, Gpu(3, seed, "random"))
+    k_scale, v_scale = case.cache.k_scale, case.cache.v_scale
+    assert k_scale is not None and v_scale is not None
+    k_scale -= 40  # of poisoned tokens any byte is as good
+    v_scale += torch.randint(-60, 61, v_scale.shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    check_attend(ops, dataclasses.replace(case, q=case.q * 2.0**40), BOUND)
+
+
+def test_nan_of_a_token_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """It reaches the queries that see the token, in V only at its column, and no others."""
+    shape = dataclasses.replace(SMALL, query_tokens=1)
+    case = random_case(shape, [20, 40, 200], CPU, seed, appended=True)
+    assert case.cache.v is not None
+    nan = torch.tensor(torch.nan).to(torch.float8_e4m3fn)
+    case.cache.k[case.batch.page_table[0, 1], 0, 3, 7] = nan  # token 19
+    case.cache.v[case.batch.page_table[1, 2], 0, 7, 9] = nan  # token 39
+    o, lse = hopper_ops(shape, tmp_path, monkeypatch, Gpu(3, seed)).attend(case.q, case.cache, case.batch)
+    assert o[0].isnan().all() and lse[0].isnan().all()
+    assert o[1, :, 9].isnan().all() and int(o[1].isnan().sum()) == shape.heads
+    assert not o[2].isnan().any() and not lse[1:].isnan().any()
+
+
+@dataclasses.dataclass(frozen=True)
+class Bug:
+    """A change of the kernels' source, of the one place where `right` stands in `header`."""
+
+    header: str
+    right: str
+    wrong: str
+
+
+BUGS = [
+    Bug("gqa_fp8_state", "k_scale[i] = scale_to_float(at[0])", "k_scale[i] = 1.0f"),
+    Bug("gqa_fp8_state", "v_scale[i] = float(at[C::tile])", "v_scale[i] = float(at[0])"),
+    Bug("gqa_fp8_state", "bounds.admit(n, j, lane / 4 + i * 8, valid)", "lane / 4 + i * 8 < valid"),
+    Bug("gqa_fp8_state", "min(14 + 254 - ", "min(30 + 254 - "),
+    Bug("gqa_fp8_state", "inverse, (lane % 4 * 2 + i) * 4)", "inverse, lane % 4 * 2 + i)"),
+    Bug("gqa_fp8_state", "swap_middle_bytes(values[half][step / 2].x[step % 2 * 2]);", "values[half][step / 2].x[0];"),
+    Bug("gqa_fp8_state", "o[step][n][i] *= rescale[i % 2]", "o[step][n][i] *= 1.0f"),
+    Bug("gqa_fp8_state", "sum[n][j] *= exp2_approximate(lane_largest[n][j] - of_lane);", ""),
+    Bug("gqa_fp8_state", "total *= exp2_approximate(lane_largest[n][i] - most);", ""),
+    Bug("gqa_fp8_state", "lane_largest[n][i] = kLowest", "lane_largest[n][i] = minus_infinity()"),
+    Bug("gqa_fp8_state", "(token / Tile::line_tokens % 8)", "0"),
+    Bug("gqa_partial", "if (valid < Tile::warp_tokens) State::clear_values", "if (false) State::clear_values"),
+    Bug("gqa_partial", "(C::fp8 ? Tile::page_rows : 0)", "0"),
+    Bug("gqa_partial", "args.k_scale + from", "args.v_scale + from"),
+    Bug("gqa_partial", "to + C::tile, args.v_scale", "to, args.v_scale"),
+    Bug("gqa_tile", "behind[n][i] = length - args.lengths[row * C::query_tokens + token]", "behind[n][i] = 0"),
+    Bug("gqa_merge", "if (sum == 0.0f) return 0.0f;", ""),
+    Bug("gqa_merge", "(C::kv_heads * C::group) + column % C::group", "C::group + column % C::group"),
+    Bug("work_split", "C::query_tokens + C::query_tokens - 1]", "C::query_tokens]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.header} {bug.right}"[:50])
+def test_a_bug_is_noticed(bug: Bug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    shape = dataclasses.replace(SMALL, heads=4, kv_heads=2)
+    case, root = hostile_case(shape, seed), tmp_path / "templates"
+    shutil.copytree(template_root(), root)
+    header = root / "include" / "helix" / f"{bug.header}.cuh"
+    text = header.read_text()
+    assert text.count(bug.right) == 1
+    header.write_text(text.replace(bug.right, bug.wrong))
+    for asynchrony in (*ASYNCHRONY, "random", "random", "random"):
+        ops = hopper_ops(shape, tmp_path, monkeypatch, Gpu(3, seed, asynchrony), root)
+        try:
+            check_attend(ops, case, BOUND)
+        except (AssertionError, KernelFault) as error:
+            print(error)
+            return
+    pytest.fail("the kernels passed")

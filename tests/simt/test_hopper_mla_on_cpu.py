@@ -1,0 +1,187 @@
+"""Hopper's MLA kernels over FP8 caches and for several query tokens a row, without a GPU (see simt.h)."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from helixc.codegen.build import render_all
+from helixc.codegen.problem import KernelSpec
+from helixc.codegen.render import KernelSource
+from helixc.codegen.template_root import template_root
+from helixc_runtime.attend_cuda import HopperMla
+from helixc_runtime.attention_shape import AttentionShape
+from helixc_runtime.ops_cuda import CudaOps
+from helixc_runtime.quantize import quantize
+from tests.gpu.kernel_cases import Case, check_attend, mla, random_case
+from tests.simt import cpu_kernel
+from tests.simt.cpu_kernel import ASYNCHRONY, Gpu, KernelFault
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+CPU = torch.device("cpu")
+BOUND = 5e-3  # relative Frobenius error of o in bfloat16
+FP8 = "float8_e4m3fn"
+SHAPES = {
+    "fp8 h16 b32": mla(16, 32, kv_dtype=FP8),
+    "fp8 h32 b64": mla(32, 64, kv_dtype=FP8),
+    "fp8 h64 b64": mla(64, 64, kv_dtype=FP8),
+    "fp8 h128 b32": mla(128, 32, kv_dtype=FP8),
+    "fp8 h16 b64 4 tokens": mla(16, 64, kv_dtype=FP8, query_tokens=4),
+    "fp8 h32 b32 3 tokens": mla(32, 32, kv_dtype=FP8, query_tokens=3),  # 64 queries in one block, 32 in the other
+    "fp8 h64 b32 4 tokens": mla(64, 32, kv_dtype=FP8, query_tokens=4),  # two rows of the schedule for one
+    "fp8 h128 b64 2 tokens": mla(128, 64, kv_dtype=FP8, query_tokens=2),
+    "h16 b32 3 tokens": mla(16, 32, query_tokens=3),
+    "h32 b64 3 tokens": mla(32, 64, query_tokens=3),
+    "h64 b32 2 tokens": mla(64, 32, query_tokens=2),
+    "h64 b64 3 tokens": mla(64, 64, query_tokens=3),
+}
+SMALL = mla(16, 32, kv_dtype=FP8, query_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keeps what was built, for all tests."""
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def seed() -> int:
+    value = random.randrange(1 << 30)
+    print("seed", value)
+    return value
+
+
+def hopper_ops(
+    shape: AttentionShape, folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: Gpu, root: Path | None = None
+) -> CudaOps:
+    """CudaOps with Hopper's kernels of attend; its other kernels do nothing."""
+
+    def render(specs: tuple[KernelSpec, ...], root: Path) -> tuple[KernelSource, ...]:
+        return tuple(
+            source
+            if source.config.spec.template.startswith("mla_")
+            else dataclasses.replace(source, text=f'extern "C" void {source.config.spec.name}() {{}}')
+            for source in render_all(specs, root)
+        )
+
+    monkeypatch.setattr(cpu_kernel, "render_all", render)
+    ops = cpu_kernel.cpu_ops(shape, 1, folder, monkeypatch, gpu, root, arch="sm_90a")
+    assert isinstance(ops._attend, HopperMla)
+    return ops
+
+
+def hostile_case(shape: AttentionShape, seed: int) -> Case:
+    """No tokens, ends around pages and tiles; heads of unlike magnitude; query tokens whose bounds are far apart."""
+    draw = random.Random(seed)
+    lengths = [shape.query_tokens, 0, 1, 33, 64, 129, draw.randint(2, 150), draw.randint(700, 900), 128, 95]
+    case = random_case(shape, lengths, CPU, seed, appended=True)
+    gains = torch.tensor([2.0 ** draw.randint(-6, 1) for _ in range(shape.heads)], dtype=torch.bfloat16)
+    bounds = case.batch.lengths.view(-1, shape.query_tokens)
+    for row in range(1, len(lengths), 2):
+        earlier = sorted(draw.randint(0, lengths[row]) for _ in range(shape.query_tokens - 1))
+        bounds[row, :-1] = torch.tensor([0, *earlier[1:]] if row % 4 == 3 else earlier)[: shape.query_tokens - 1]
+    return dataclasses.replace(case, q=case.q * gains.unsqueeze(1))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_any_order_gives_the_oracles_result_and_the_same_bits(
+    shape: AttentionShape, folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """On GPUs that cut rows into parts, and on one that has more multiprocessors than there are tiles."""
+    case, processors, bits = hostile_case(shape, seed), random.Random(seed).choice([2, 5, 9, 80]), set()
+    for asynchrony in ASYNCHRONY:
+        ops = hopper_ops(shape, folder, monkeypatch, Gpu(processors, seed, asynchrony))
+        check_attend(ops, case, BOUND)
+        o, lse = ops.attend(case.q, case.cache, case.batch)
+        bits.add((o.view(torch.uint8).numpy().tobytes(), lse.numpy().tobytes()))
+    assert len(bits) == 1, "the result depends on the order of events"
+
+
+@pytest.mark.parametrize("spread", [8, 50])
+def test_scales_far_apart(spread: int, folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Tokens and groups of columns whose scales differ by 2^50 and more, on both sides of 2^7, the largest factor."""
+    case, ops = hostile_case(SMALL, seed), hopper_ops(SMALL, folder, monkeypatch, Gpu(3, seed, "random"))
+    scales, draw = case.cache.k_scale, torch.Generator().manual_seed(seed)
+    assert scales is not None
+    scales += torch.randint(7, 7 + spread, scales.shape, generator=draw).to(torch.uint8)  # of poisoned tokens any byte
+    check_attend(ops, dataclasses.replace(case, q=case.q * 2.0 ** -(spread + 7)), BOUND)
+
+
+def test_nan_of_a_token_shows(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """It reaches the queries that see the token, and no others."""
+    shape = dataclasses.replace(SMALL, query_tokens=1)
+    case, draw = random_case(shape, [20, 40, 200], CPU, seed, appended=True), random.Random(seed)
+    token, column = torch.ones(shape.head_dim), draw.choice([3, 200, 575])
+    token[column] = draw.choice([torch.nan, torch.inf])
+    assert case.cache.k_scale is not None
+    page = case.batch.page_table[1, 1]
+    case.cache.k[page, 7], case.cache.k_scale[page, 7] = quantize(token)  # token 39
+    o, lse = hopper_ops(shape, folder, monkeypatch, Gpu(3, seed)).attend(case.q, case.cache, case.batch)
+    assert o[1].isnan().all() and lse[1].isnan().all()
+    assert not o[[0, 2]].isnan().any() and not lse[[0, 2]].isnan().any()
+
+
+@dataclasses.dataclass(frozen=True)
+class Bug:
+    """A change of the kernels' source, of the one place where `right` stands in `header`."""
+
+    header: str
+    right: str
+    wrong: str
+
+
+BUGS = [
+    Bug("fp8", "word << 8 & 0x80008000u", "word & 0x80008000u"),
+    Bug("fp8", "254u) << 7", "253u) << 7"),
+    Bug("mla_fp8_softmax", "even.words[w] = (x & 0xffff) | y << 16", "even.words[w] = x"),
+    Bug("mla_fp8_softmax", "? load_shared_byte(at + group) : 0)", "? load_shared_byte(at) : 0)"),
+    Bug("mla_fp8_softmax", "factor_offset(lane % 4, warp / 2, lane / 8)", "factor_offset(lane % 4, 0, lane / 8)"),
+    Bug("mla_fp8_softmax", "if (flags & kExcess) mla_fp8_publish", "if (false) mla_fp8_publish"),
+    Bug("mla_fp8_softmax", "mla_fp8_mask<C>(s, bounds);", ";"),
+    Bug("mla_fp8_softmax", "bounds[t] -= kTileTokens;", ";"),
+    Bug("mla_fp8_softmax", "is_minus_infinity(reference[i]) ? 0.0f : reference[i]", "false ? 0.0f : reference[i]"),
+    Bug("mla_fp8_softmax", "C::row_tokens > 1 && total == 0.0f ? 0.0f : 1.0f / total", "1.0f / total"),
+    Bug("mla_fp8_softmax", "sum[i] *= factor;", ""),
+    Bug("mla_fp8_softmax", "    mla_fp8_order_queries<C>(base + M8::q);", ""),
+    Bug("mla_fp8_softmax", "fence_async_proxy();\n  named_barrier(1, 128);", "named_barrier(1, 128);"),
+    Bug("mla_fp8_softmax", "      fence_async_proxy();\n      barrier_arrive", "      barrier_arrive"),
+    Bug("mla_fp8_accumulate", "o[chunk][i / 2 * 4 + i % 2] *= scale;", ""),
+    Bug("mla_fp8_accumulate", "if (flags & kExcess)", "if (false)"),
+    Bug("mla_fp8_accumulate", "half + step > 0 || tile > first_tile", "true"),
+    Bug("mla_fp8_accumulate", "mla_release<C>(base + M8::empty(stage.index));", ""),
+    Bug("mla_fp8_fetch", "i64(group) * 40", "i64(group) * 32"),
+    Bug("mla_layout", "segment.row * C::row_tokens + token]", "segment.row * C::row_tokens]"),
+    Bug("mla_schedule", "kRowTokens + kRowTokens - 1]", "kRowTokens]"),
+    Bug("mla_merge", "return C::row_tokens > 1 && is_minus_infinity(top) ? 0.0f : top;", "return top;"),
+]  # fmt: skip
+
+
+def revealing_case(seed: int) -> Case:
+    """Scales beyond the largest factor in every second page, and scores there that outgrow those of others."""
+    case = hostile_case(SMALL, seed)
+    assert case.cache.k_scale is not None
+    case.cache.k_scale[::2] += 22
+    return dataclasses.replace(case, q=case.q * 2.0**-18)
+
+
+def test_there_is_no_bug(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    check_attend(hopper_ops(SMALL, folder, monkeypatch, Gpu(3, seed, "random")), revealing_case(seed), BOUND)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.header} {bug.right}"[:50])
+def test_a_bug_is_noticed(bug: Bug, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    root = tmp_path / "templates"
+    shutil.copytree(template_root(), root)
+    header = root / "include" / "helix" / f"{bug.header}.cuh"
+    text = header.read_text()
+    assert text.count(bug.right) == 1
+    header.write_text(text.replace(bug.right, bug.wrong))
+    ops = hopper_ops(SMALL, folder, monkeypatch, Gpu(3, seed, "random"), root)
+    with pytest.raises((AssertionError, KernelFault)):
+        check_attend(ops, revealing_case(seed), BOUND)

@@ -1,0 +1,75 @@
+"""docs/performance.md is what bench/report.py makes of the committed results; sections come and go with their files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import report
+
+MACHINE = {"gpu": "a GPU", "versions": {"torch": "2.9"}}
+
+
+def write(folder: Path, name: str, **fields: Any) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(fields))
+
+
+def row(dtype: str = "bfloat16", op: str = "mla", **fields: Any) -> dict[str, Any]:
+    peer = {"peer": "a peer", "peer_us": 12.0, "ratio": 1.5, "floor_us": 7.0, "tflops": 31}
+    return {"op": op, "dtype": dtype, "case": "1x64k, H 16", "ours_us": 8.0} | peer | fields
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert report.page(report.RESULTS) == report.PAGE.read_text(), "run `make bench-report`"
+
+
+def test_no_results_no_sections(tmp_path: Path) -> None:
+    assert report.page(tmp_path) == report.HEAD
+
+
+def test_attention(tmp_path: Path) -> None:
+    rows = [
+        row(),  # as of a file from before there were several query tokens
+        row(query_tokens=1, ours_us=4.0, ratio=1 / 1.5),
+        row("float8_e4m3fn", "gqa", query_tokens=1, case="8x32k, (8,1)", peer="ours, bfloat16 cache"),
+        row(query_tokens=4, case="alone", peer=None, peer_us=None, ratio=None),
+    ]
+    write(tmp_path, "attention", **MACHINE, rows=rows)
+    page = report.page(tmp_path)
+    assert [line for line in page.splitlines() if line.startswith("#")] == [
+        "# Performance",
+        "## Decode attention",
+        "### MLA, latent 512 + rope 64, bfloat16",
+        "### GQA, FP8 cache against the same values in bfloat16",
+        "### MLA, several query tokens a row, bfloat16",
+    ]
+    assert "Geometric mean of the ratios: 1.00. Rows where the peer is faster: 1 of 2." in page
+    assert "| 8x32k, (8,1) | 8.0 | 12.0 (ours, bfloat16 cache) | 1.50 | 7.0 | 31 |" in page
+    assert "No peer could run these." in page and "| alone | 8.0 | - | - | 7.0 | 31 |" in page
+    assert "torch sdpa" not in page and "FlashMLA could not" in page
+    write(tmp_path, "attention", gpu="a GPU", versions={"torch sdpa": "2.9", "flashmla": "1"}, rows=rows)
+    page = report.page(tmp_path)
+    assert "torch sdpa is torch's flash attention" in page and "FlashMLA could not" not in page
+
+
+@pytest.mark.parametrize("ops", [("append",), ("combine",), ("append", "combine")])
+def test_steps(ops: tuple[str, ...], tmp_path: Path) -> None:
+    times = {"ours_us": 2.11, "empty_us": 0.93, "floor_us": 0.318, "share": 0.151}
+    rows = [{"op": op, "dtype": "bfloat16", "case": "MLA H 16, batch 8", "batch": 8} | times for op in ops]
+    write(tmp_path, "steps", **MACHINE, copy_bandwidth=3.012, rows=rows)
+    page = report.page(tmp_path)
+    assert page.count("| MLA H 16, batch 8 | bfloat16 | 2.11 | 0.93 | 0.32 | 15% |") == len(ops)
+    titles = [line for line in page.splitlines() if line.startswith("### ")]
+    assert [title.removeprefix("### ").split(":")[0].lower() for title in titles] == list(ops)
+    assert "`python bench/steps.py`" in page and "3.012 TB/s" in page
+
+
+def test_launch(tmp_path: Path) -> None:
+    rows = [{"what": "a launch", "us": 3.14, "launches": 1}, {"what": "an allocation", "us": 1.5, "launches": 0}]
+    write(tmp_path, "launch", **MACHINE, host="Python 3.12.3", rows=rows)
+    page = report.page(tmp_path)
+    assert "Machine: a GPU; torch 2.9, Python 3.12.3.\nRepeat with `python bench/launch.py`." in page
+    assert "| a launch | 3.1 | 1 |" in page and "| an allocation | 1.5 | - |" in page
