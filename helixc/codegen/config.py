@@ -14,6 +14,7 @@ _THREADS = 128
 _WARP = 32
 _VECTOR_BYTES = 16  # the widest load and store of one thread
 _HOPPER_SHARED = 231_424  # what the MLA partial uses of the 232,448 bytes a thread block may have
+_EXCHANGE_THREADS = 64  # few, so that a row's heads are spread over the multiprocessors
 _GQA_TILES = {"bfloat16": 64, "float8_e4m3fn": 128}  # tokens, 32 KiB of K and V at D 128
 _HEAD_TILES = (8, 4, 2, 1)
 _TOKEN_TILES = (64, 32, 16, 8, 4)
@@ -66,8 +67,21 @@ def configure(spec: KernelSpec) -> KernelConfig:
             return KernelConfig(spec, threads=32, token_tile=_gqa_tile(spec))
         case "gqa_partial":
             return _gqa_partial(spec)
+        case "exchange":
+            return KernelConfig(spec, threads=_EXCHANGE_THREADS)
+        case "reduce":
+            return _reduce(spec)
         case _:
             return KernelConfig(spec, _THREADS)
+
+
+def _reduce(spec: KernelSpec) -> KernelConfig:
+    """A thread for each 16 bytes of a row, as far as a thread block goes."""
+    params = dict(spec.params)
+    size = int(params["hidden"]) * DTYPE_BYTES[str(params["dtype"])]
+    if size % 16:
+        raise ValueError(f"{spec.name}: a row of {size} bytes is not a multiple of 16")
+    return KernelConfig(spec, threads=min(-(-size // 512) * 32, 1024))
 
 
 def _append(spec: KernelSpec) -> KernelConfig:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from helixc_runtime.attention_shape import AttentionShape
+from helixc_runtime.manifest import Dtype
 from helixc_runtime.switches import read_switches
 
 Param = int | float | str | bool
@@ -46,6 +47,26 @@ def attention(shape: AttentionShape, arch: str) -> tuple[KernelSpec, ...]:
     if arch == "sm_90a" and _hopper_gqa(shape):
         return _gqa_schedule(shape, arch), _gqa_partial(shape, arch)
     return _partial(shape, arch), _merge(shape, arch)
+
+
+def exchange(shape: AttentionShape, cp: int, arch: str) -> KernelSpec:
+    """The exchange among `cp` ranks that write into each other's memory, and the merge of what arrives."""
+    heads = shape.heads // cp
+    params: Params = (
+        ("cp", cp),
+        ("out_heads", heads),
+        ("partial_dim", shape.partial_dim),
+        ("dtype", shape.dtype),
+    )
+    name = f"exchange_cp{cp}_h{heads}_p{shape.partial_dim}_{_SHORT[shape.dtype]}"
+    return KernelSpec(name, "exchange", params, arch)
+
+
+def reduce(members: int, hidden: int, eps: float, bias: bool, dtype: Dtype, arch: str) -> KernelSpec:
+    """The sum over `members` ranks that write into each other's memory, added to the residual stream and normed."""
+    params: Params = (("members", members), ("hidden", hidden), ("eps", eps), ("bias", bias), ("dtype", dtype))
+    name = f"reduce_n{members}_d{hidden}{'_bias' if bias else ''}_{_SHORT[dtype]}"
+    return KernelSpec(name, "reduce", params, arch)
 
 
 def _hopper_mla(shape: AttentionShape) -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 from helixc.codegen.build import Cubin, compile_all, render_all
 from helixc.codegen.nvrtc import CompileError, Nvrtc, NvrtcMissing
-from helixc.codegen.problem import KernelSpec, attention, problems
+from helixc.codegen.problem import KernelSpec, attention, exchange, problems, reduce
 from helixc.codegen.render import KernelSource
 from helixc.codegen.template_root import template_root
 from tests.gpu.kernel_cases import gqa, mla
@@ -74,7 +74,17 @@ def _specs() -> tuple[KernelSpec, ...]:
     whole = (s for arch in ARCHES for shape in SHAPES for s in problems(shape, 2, arch))
     appends = (problems(shape, 2, arch)[0] for arch in ARCHES for shape in APPENDS)
     attends = (s for arch in ARCHES for shape in ATTENTION for s in attention(shape, arch))
-    return tuple(dict.fromkeys((*whole, *appends, *attends)))
+    groups = (
+        spec
+        for arch in ARCHES
+        for spec in (
+            *(exchange(mla(128, 64), cp, arch) for cp in (2, 8, 64)),
+            exchange(gqa(64, 8, 128, 64, "float32"), 4, arch),
+            *(reduce(n, 7168, 1e-6, False, "bfloat16", arch) for n in (2, 8)),
+            reduce(2, 2048, 1e-5, True, "float16", arch),
+        )
+    )
+    return tuple(dict.fromkeys((*whole, *appends, *attends, *groups)))
 
 
 def _small() -> tuple[KernelSource, ...]:

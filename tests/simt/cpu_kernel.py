@@ -100,8 +100,8 @@ class CpuKernel:
         early: bool = False,
     ) -> None:
         self._name, self._threads, self._shared = name, threads, shared
-        self._library = ctypes.CDLL(str(path))
-        self._run = self._library.run_kernel
+        self.library = ctypes.CDLL(str(path))
+        self._run = self.library.run_kernel
         self._run.restype = ctypes.c_char_p
         self._slots = [_TYPES[kind]() for kind in arguments]
 
@@ -116,7 +116,7 @@ class CpuKernel:
         launch = _Launch(
             threads=self._threads,
             shared=self._shared,
-            cluster=ctypes.c_uint32.in_dll(self._library, "cluster").value,
+            cluster=ctypes.c_uint32.in_dll(self.library, "cluster").value,
             resident=gpu.processors if self._shared else min(gpu.processors, _CROWD),
             asynchrony=ASYNCHRONY.index(gpu.asynchrony),
             seed=gpu.random.getrandbits(62),

@@ -13,14 +13,14 @@
 
 namespace simt {
 
-Machine machine;
-Index thread_index, block_index, block_size, grid_size;
+thread_local Machine machine;
+thread_local Index thread_index, block_index, block_size, grid_size;
 
 namespace {
 
 constexpr unsigned kStackBytes = 128 << 10;
 constexpr unsigned kIdleRounds = 1000;  // that threads in a loop get to see what they wait for
-std::string message;
+thread_local std::string message;
 
 u64 next_random() {
   machine.random ^= machine.random << 13;
@@ -55,7 +55,7 @@ __attribute__((noinline)) void resume(Fiber& fiber) {
     if (fiber.started) _longjmp(fiber.context, 1);
     fiber.started = true;
     if (!fiber.stack) fiber.stack = new_stack();
-    static ucontext_t start;
+    static thread_local ucontext_t start;
     getcontext(&start);
     start.uc_stack.ss_sp = fiber.stack;
     start.uc_stack.ss_size = kStackBytes;
@@ -352,6 +352,10 @@ void run_all() {
 
 }  // namespace
 
+Fiber::~Fiber() {
+  if (stack) munmap(stack, kStackBytes);
+}
+
 bool chance(unsigned one_in) { return next_random() % one_in == 0; }
 unsigned choice(unsigned bound) { return unsigned(next_random() % bound); }
 
@@ -432,6 +436,11 @@ unsigned cluster_rank() { return this_block().rank; }
 void spin() {
   machine.spinning.push_back(machine.current);
   suspend(Wait::spin);
+}
+
+void wait_outside() {
+  ++machine.events;  // so that it is never a deadlock of this GPU's
+  spin();
 }
 
 u8* dynamic_shared() { return this_block().memory; }

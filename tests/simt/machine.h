@@ -21,6 +21,9 @@ struct Cluster;
 enum class Wait { nothing, warp, block, cluster, mbarrier, spin, done };
 
 struct Fiber {
+  Fiber() = default;
+  Fiber(const Fiber&) = delete;
+  ~Fiber();
   jmp_buf context;
   u8* stack = nullptr;
   bool started = false;
@@ -106,7 +109,7 @@ struct Machine {
   unsigned variable_bytes;
   u64 random, events;        // events: whatever a spinning thread may wait for
 };
-extern Machine machine;
+extern thread_local Machine machine;  // a GPU for each thread of the process
 
 // Shared memory: dynamic at kShared, variables after it. The hardware keeps the first KiB for itself, too.
 constexpr u32 kShared = 1024;

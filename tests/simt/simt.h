@@ -10,7 +10,7 @@
 namespace simt {
 
 struct Index { unsigned x, y, z; };
-extern Index thread_index, block_index, block_size, grid_size;
+extern thread_local Index thread_index, block_index, block_size, grid_size;
 
 // When asynchronous work is done: at once; not before somebody has to wait for it; or by chance in between.
 enum class Asynchrony : unsigned { early, late, random };
@@ -54,6 +54,8 @@ void cluster_barrier();
 unsigned cluster_rank();
 // Lets others run: in a loop that waits for another thread's write.
 void spin();
+// The same, in a loop that waits for another GPU, which is another thread of this process.
+void wait_outside();
 // After what others may react to: by chance, lets them do so for as long as they can.
 void give_way();
 // A number below `bound`, of this launch and by its seed.
