@@ -115,7 +115,7 @@ def test_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ("queries", "gqa", "2x70, (8,2), 4 query tokens", None),
     ]
     assert all(row["ratio"] == (None if row["peer"] is None else 1.0) for row in result["rows"])
-    assert "goals missed: 0 of 8" in capsys.readouterr().out
+    assert "goals missed: 6 of 8" in capsys.readouterr().out
     assert not any(attention.PARTS[part] == [] for part in attention.PARTS)
 
 
@@ -153,9 +153,23 @@ def test_what_fails_is_told_and_does_not_stop_the_rest(
 
 
 def test_attention_names_the_goals_missed() -> None:
-    row = {"op": "mla", "dtype": "bfloat16", "case": "1x16k, H 16", "ours_us": 5, "peer": "a peer", "peer_us": 4.0}
+    row = {"op": "mla", "dtype": "bfloat16", "case": "8x32k, H 16", "ours_us": 5, "peer": "a peer", "peer_us": 4.0}
     rows = [row | {"ratio": 0.8}, row | {"ratio": 1.0}, row | {"ratio": None}]
-    assert attention.summary(rows, []) == "goals missed: 1 of 2\n  mla 1x16k, H 16: 5 us, a peer 4.0 us (0.8)"
+    missed = "goals missed: 1 of 2\n  mla 8x32k, H 16: 5 us, a peer 4.0 us (0.8, goal 1.0)"
+    assert attention.summary(rows, []) == missed
+
+
+def test_every_row_has_the_goal_of_its_shape() -> None:
+    def goal(op: str, case: str, dtype: str = "bfloat16", tokens: int = 1) -> float:
+        return attention.goal_of({"op": op, "dtype": dtype, "case": case, "query_tokens": tokens})
+
+    assert [goal("mla", f"1x64k, H {heads}") for heads in (128, 64, 16)] == [1.35, 1.7, 1.7]
+    assert [goal("mla", f"{lengths}, H 16") for lengths in ("1x16k", "1x512k", "32x8k")] == [1.5, 1.1, 1.0]
+    assert [goal("mla", f"{lengths}, H 128") for lengths in ("1x512k", "ragged 16x1k-256k")] == [1.0, 1.0]
+    assert [goal("gqa", f"1x64k, {heads}") for heads in ("(8,1)", "(64,8)")] == [1.5, 1.0]
+    assert [goal("gqa", f"8x32k, {heads}") for heads in ("(16,1)", "(64,4)")] == [1.1, 1.0]
+    assert [goal("mla", f"1x64k, H {heads}", "float8_e4m3fn") for heads in (128, 64)] == [1.0, 1.7]
+    assert goal("gqa", "1x64k, (8,1), 4 query tokens", tokens=4) == 1.0
 
 
 def test_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
