@@ -40,8 +40,8 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
       for (int region = 0; region < kRegions; ++region) {
         const u32 bytes = 32 * 128 * chunks_in(region), full = base + M::full(stage.index, region);
         const u32 empty = base + M::empty(stage.index, region);
-        barrier_wait(empty, stage.parity ^ 1);
-        if (leader) {
+        if (leader) {  // alone: a lane that looked later could miss the phase, gone by before the leader comes back
+          barrier_wait(empty, stage.parity ^ 1);
           const TensorMap* map = region == kRotary ? maps.rotary : maps.kv;
           barrier_expect(full, halves * bytes);
 #pragma unroll
@@ -57,12 +57,12 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
       __syncwarp();
       stage.advance();
       if (tile == segment.first_tile) {  // KV first: it is what takes long
-        barrier_wait(base + M::q_empty, q_parity);
-        q_parity ^= 1;
         if (leader) {
+          barrier_wait(base + M::q_empty, q_parity);
           barrier_expect(base + M::q_full, M::kQ);
           copy_5d(base + M::q, maps.q, base + M::q_full, 0, 0, 0, head_half<C>() * 8, segment.row, kEvictLast);
         }
+        q_parity ^= 1;
         __syncwarp();
       }
     }
