@@ -67,8 +67,9 @@ HELIX_DEVICE void mla_fp8_fetch(const MlaArguments& a, const u8* scales, const M
       int group[2];
       window.groups(group, tile);
       const int halves = segment.length - tile * kTileTokens > 32 ? 2 : 1;
-      if (leader) {  // alone: a lane that looked later could miss the phase, gone by before the leader comes back
-        barrier_wait(base + M8::empty(stage.index), stage.parity ^ 1);
+      barrier_wait(base + M8::empty(stage.index), stage.parity ^ 1);
+      __syncwarp();  // a lane that looked later could miss the phase, gone by before the leader comes back
+      if (leader) {
         barrier_expect(base + M8::full(stage.index), halves * 32 * (576 + kGroups));
         mla_fp8_copy<C>(maps, scales, base, stage.index, 0, group[0]);
         if (halves == 2) mla_fp8_copy<C>(maps, scales, base, stage.index, 1, group[1]);
@@ -76,8 +77,9 @@ HELIX_DEVICE void mla_fp8_fetch(const MlaArguments& a, const u8* scales, const M
       __syncwarp();
       stage.advance();
       if (tile == segment.first_tile) {  // KV first: it is what takes long
+        barrier_wait(base + M8::q_empty, q_parity);
+        __syncwarp();
         if (leader) {
-          barrier_wait(base + M8::q_empty, q_parity);
           barrier_expect(base + M8::q_full, M8::kQ);
           copy_5d(base + M8::q, maps.q, base + M8::q_full, 0, 0, 0, head_half<C>() * 8, segment.row, kEvictLast);
         }
