@@ -1,6 +1,8 @@
-"""For all tests: the output format is not guessed from CI, and planted bugs are listed in the terminal summary."""
+"""For all tests: a seed, no output format guessed from CI, and the planted bugs listed in the terminal summary."""
 
 from __future__ import annotations
+
+import random
 
 import pytest
 
@@ -9,6 +11,14 @@ import pytest
 def not_on_github(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under GitHub Actions `check` prints annotations; tests of its text must not depend on where they run."""
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
+
+
+@pytest.fixture
+def seed() -> int:
+    """Another one each run, shown where a test fails."""
+    value = random.randrange(1 << 30)
+    print("seed", value)
+    return value
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

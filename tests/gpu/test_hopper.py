@@ -58,6 +58,17 @@ SHAPES = {
     "gqa 8,4 fp8 t2": gqa(8, 4, 128, 16, kv_dtype="float8_e4m3fn", query_tokens=2),
     "gqa 5,1 d64 fp8 t3": gqa(5, 1, 64, 64, kv_dtype="float8_e4m3fn", query_tokens=3),
 }
+ONE_OF_EACH = [  # of the kernels
+    mla(64, 64),
+    mla(128, 32),
+    mla(16, 32, kv_dtype="float8_e4m3fn"),
+    mla(64, 64, kv_dtype="float8_e4m3fn", query_tokens=2),
+    mla(16, 64, query_tokens=4),
+    gqa(64, 8, 128, 64),
+    gqa(8, 2, 128, 64, query_tokens=4),
+    gqa(64, 8, 128, 64, kv_dtype="float8_e4m3fn"),
+    gqa(8, 2, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
+]
 LENGTHS = {
     "hostile": [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 0, 1009],
     "one long": [70_001],
@@ -71,13 +82,6 @@ DEVICE = torch.device("cuda", 0)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("artifact")
-
-
-@pytest.fixture
-def seed() -> int:
-    value = random.randrange(1 << 30)
-    print("seed", value)
-    return value
 
 
 def make_ops(shape: AttentionShape, folder: Path) -> CudaOps:
@@ -125,21 +129,7 @@ def test_against_the_oracle(shape: AttentionShape, lengths: list[int], folder: P
     assert torch.equal(first.o, second.o) and torch.equal(first.lse, second.lse), "two runs differ"
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        mla(64, 64),
-        mla(128, 32),
-        mla(16, 32, kv_dtype="float8_e4m3fn"),
-        mla(64, 64, kv_dtype="float8_e4m3fn", query_tokens=2),
-        mla(16, 64, query_tokens=4),
-        gqa(64, 8, 128, 64),
-        gqa(8, 2, 128, 64, query_tokens=4),
-        gqa(64, 8, 128, 64, kv_dtype="float8_e4m3fn"),
-        gqa(8, 2, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", ONE_OF_EACH, ids=str)
 def test_large_scores(shape: AttentionShape, folder: Path, seed: int) -> None:
     """Scores in the thousands: one token takes all the weight, and LSE is as large as the score."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
@@ -151,21 +141,7 @@ def test_large_scores(shape: AttentionShape, folder: Path, seed: int) -> None:
     check_partial(ops.attend(q, cache, batch), want, BOUND, lse_bound=1e-3 + 1e-6 * largest)
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        mla(64, 64),
-        mla(128, 32),
-        mla(16, 32, kv_dtype="float8_e4m3fn"),
-        mla(64, 64, kv_dtype="float8_e4m3fn", query_tokens=2),
-        mla(16, 64, query_tokens=4),
-        gqa(64, 8, 128, 64),
-        gqa(8, 2, 128, 64, query_tokens=4),
-        gqa(64, 8, 128, 64, kv_dtype="float8_e4m3fn"),
-        gqa(8, 2, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", ONE_OF_EACH, ids=str)
 def test_a_graph_replays_with_other_lengths_and_pages(shape: AttentionShape, folder: Path, seed: int) -> None:
     generator = torch.Generator(DEVICE).manual_seed(seed)
     cases = [[6_000, 0, 77], [64, 65, 5_007], [0, 0, 0], [1, 5_999, 6_000]]

@@ -81,13 +81,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("artifact")
 
 
-@pytest.fixture
-def seed() -> int:
-    value = random.randrange(1 << 30)
-    print("seed", value)
-    return value
-
-
 def build(shape: AttentionShape, cp: int, folder: Path, device: torch.device) -> CudaOps:
     """CudaOps from freshly compiled cubins, laid out as in an artifact."""
     sources = render_all(problems(shape, cp, device_arch(device)))

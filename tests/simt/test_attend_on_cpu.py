@@ -12,10 +12,10 @@ import torch
 
 from helixc.codegen.config import configure
 from helixc.codegen.problem import problems
-from helixc.codegen.template_root import template_root
 from helixc_runtime import ops_cuda
 from helixc_runtime.attention_shape import AttentionShape
 from tests.gpu.kernel_cases import check_append, check_attend, check_elements, gqa, mla, random_case
+from tests.simt.bugs import Bug, planted
 from tests.simt.cpu_kernel import cpu_ops
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -41,13 +41,6 @@ def attend_ops(
     """CudaOps with the kernels of attend; its other kernels do nothing."""
     folder.mkdir(exist_ok=True)
     return cpu_ops(shape, 1, folder, monkeypatch, processors, root, idle=("append", "combine"))
-
-
-@pytest.fixture
-def seed() -> int:
-    value = random.randrange(1 << 30)
-    print("seed", value)
-    return value
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -114,14 +107,7 @@ LAST = "query / C::query_tokens * C::query_tokens + C::query_tokens - 1"
 def test_a_wrong_kernel_is_noticed(
     changes: dict[str, str], seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = tmp_path / "templates"
-    shutil.copytree(template_root(), root)
-    header = root / "include" / "helix" / "partial.cuh"
-    text = header.read_text()
-    for right, wrong in changes.items():
-        assert text.count(right) == 1, right
-        text = text.replace(right, wrong)
-    header.write_text(text)
+    root = planted(tmp_path, [Bug("partial", right, wrong) for right, wrong in changes.items()])
     case = random_case(SMALL, [9, 5, 0, 70], CPU, seed, appended=True)
     with pytest.raises(AssertionError):
         check_attend(attend_ops(SMALL, tmp_path / "wrong", monkeypatch, 8, root), case, BOUNDS[SMALL.dtype])

@@ -23,6 +23,7 @@ from helixc_runtime.models.layers import rms_norm
 from helixc_runtime.ops import Partial
 from helixc_runtime.ops_torch import TorchOps
 from tests.gpu.kernel_cases import check_partial, gqa, mla, relative_error
+from tests.simt.bugs import Bug, planted
 from tests.simt.cpu_kernel import CpuKernel, Gpu, build
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -152,11 +153,10 @@ def check_exchanges(gpus: Exchange, steps: int, calls: int, seed: int, slow: int
 
 
 @pytest.fixture
-def seed(monkeypatch: pytest.MonkeyPatch) -> int:
-    value = random.randrange(1 << 30)
-    print("seed", value)
-    monkeypatch.setattr(CpuKernel, "gpu", Gpu(4, value), raising=False)
-    return value
+def seed(seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Also of the order of events on the GPUs."""
+    monkeypatch.setattr(CpuKernel, "gpu", Gpu(4, seed), raising=False)
+    return seed
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_a_peer_that_is_gone_is_named(tmp_path: Path, seed: int) -> None:
     ],
 )
 def test_a_wrong_exchange_is_noticed(right: str, wrong: str, tmp_path: Path, seed: int) -> None:
-    root = changed_templates(tmp_path, right, wrong)
+    root = planted(tmp_path, [Bug("*", right, wrong)])
     shape = gqa(4, 1, 64, 32, "float32")  # two heads a rank: a row is one thread block, whose reads a peer can overtake
     (tmp_path / "right").mkdir()
     check_exchanges(Exchange(shape, 2, tmp_path / "right"), steps=5, calls=2, seed=seed, slow=200, rows=1 + seed % 2)
@@ -218,19 +218,6 @@ def test_a_wrong_exchange_is_noticed(right: str, wrong: str, tmp_path: Path, see
     gpus.limit_s = 0.3
     with pytest.raises(AssertionError):
         check_exchanges(gpus, steps=5, calls=2, seed=seed, slow=200, rows=1 + seed % 2)
-
-
-def changed_templates(folder: Path, right: str, wrong: str) -> Path:
-    """The templates with `right`, which occurs once, replaced."""
-    root = folder / "templates"
-    shutil.copytree(template_root(), root)
-    changed = 0
-    for header in (root / "include").rglob("*.cuh"):
-        text = header.read_text()
-        changed += text.count(right)
-        header.write_text(text.replace(right, wrong))
-    assert changed == 1
-    return root
 
 
 # --- The reduction ----------------------------------------------------------------------------------------------
@@ -306,6 +293,6 @@ def test_reductions_in_a_row(members: int, hidden: int, dtype: Dtype, bias: bool
     ],
 )
 def test_a_wrong_reduction_is_noticed(right: str, wrong: str, tmp_path: Path, seed: int) -> None:
-    root = changed_templates(tmp_path, right, wrong)
+    root = planted(tmp_path, [Bug("*", right, wrong)])
     with pytest.raises(AssertionError):
         check_reductions(2, 64, "float32", bias=True, folder=tmp_path, seed=seed, root=root, slow=100)

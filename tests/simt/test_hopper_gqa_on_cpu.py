@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from helixc.codegen.template_root import template_root
 from helixc_runtime.attend_cuda import HopperGqa
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ops_cuda import CudaOps
 from tests.gpu.kernel_cases import Case, check_attend, gqa, random_case
+from tests.simt.bugs import Bug, planted
 from tests.simt.cpu_kernel import ASYNCHRONY, Gpu, KernelFault, cpu_ops
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -35,13 +35,6 @@ SHAPES = {
     "4,2 d64 b128 4 tokens": gqa(4, 2, 64, 128, query_tokens=4),
 }
 SMALL = gqa(2, 1, 64, 16, kv_dtype=FP8, query_tokens=4)
-
-
-@pytest.fixture
-def seed() -> int:
-    value = random.randrange(1 << 30)
-    print("seed", value)
-    return value
 
 
 def hopper_ops(
@@ -104,15 +97,6 @@ def test_nan_of_a_token_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     assert not o[2].isnan().any() and not lse[1:].isnan().any()
 
 
-@dataclasses.dataclass(frozen=True)
-class Bug:
-    """A change of the kernels' source, of the one place where `right` stands in `header`."""
-
-    header: str
-    right: str
-    wrong: str
-
-
 BUGS = [
     Bug("gqa_fp8_state", "k_scale[i] = scale_to_float(at[0])", "k_scale[i] = 1.0f"),
     Bug("gqa_fp8_state", "v_scale[i] = float(at[C::tile])", "v_scale[i] = float(at[0])"),
@@ -136,15 +120,10 @@ BUGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.header} {bug.right}"[:50])
+@pytest.mark.parametrize("bug", BUGS, ids=str)
 def test_a_bug_is_noticed(bug: Bug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     shape = dataclasses.replace(SMALL, heads=4, kv_heads=2)
-    case, root = hostile_case(shape, seed), tmp_path / "templates"
-    shutil.copytree(template_root(), root)
-    header = root / "include" / "helix" / f"{bug.header}.cuh"
-    text = header.read_text()
-    assert text.count(bug.right) == 1
-    header.write_text(text.replace(bug.right, bug.wrong))
+    case, root = hostile_case(shape, seed), planted(tmp_path, [bug])
     for asynchrony in (*ASYNCHRONY, "random", "random", "random"):
         ops = hopper_ops(shape, tmp_path, monkeypatch, Gpu(3, seed, asynchrony), root)
         try:

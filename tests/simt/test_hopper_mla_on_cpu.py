@@ -10,17 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from helixc.codegen.build import render_all
-from helixc.codegen.problem import KernelSpec
-from helixc.codegen.render import KernelSource
-from helixc.codegen.template_root import template_root
 from helixc_runtime.attend_cuda import HopperMla
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ops_cuda import CudaOps
 from helixc_runtime.quantize import quantize
 from tests.gpu.kernel_cases import Case, check_attend, mla, random_case
-from tests.simt import cpu_kernel
-from tests.simt.cpu_kernel import ASYNCHRONY, Gpu, KernelFault
+from tests.simt.bugs import Bug, planted
+from tests.simt.cpu_kernel import ASYNCHRONY, Gpu, KernelFault, cpu_ops
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -50,28 +46,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kernels")
 
 
-@pytest.fixture
-def seed() -> int:
-    value = random.randrange(1 << 30)
-    print("seed", value)
-    return value
-
-
 def hopper_ops(
     shape: AttentionShape, folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: Gpu, root: Path | None = None
 ) -> CudaOps:
     """CudaOps with Hopper's kernels of attend; its other kernels do nothing."""
-
-    def render(specs: tuple[KernelSpec, ...], root: Path) -> tuple[KernelSource, ...]:
-        return tuple(
-            source
-            if source.config.spec.template.startswith("mla_")
-            else dataclasses.replace(source, text=f'extern "C" void {source.config.spec.name}() {{}}')
-            for source in render_all(specs, root)
-        )
-
-    monkeypatch.setattr(cpu_kernel, "render_all", render)
-    ops = cpu_kernel.cpu_ops(shape, 1, folder, monkeypatch, gpu, root, arch="sm_90a")
+    ops = cpu_ops(shape, 1, folder, monkeypatch, gpu, root, "sm_90a", idle=("append", "combine"))
     assert isinstance(ops._attend, HopperMla)
     return ops
 
@@ -127,15 +106,6 @@ def test_nan_of_a_token_shows(folder: Path, monkeypatch: pytest.MonkeyPatch, see
     assert not o[[0, 2]].isnan().any() and not lse[[0, 2]].isnan().any()
 
 
-@dataclasses.dataclass(frozen=True)
-class Bug:
-    """A change of the kernels' source, of the one place where `right` stands in `header`."""
-
-    header: str
-    right: str
-    wrong: str
-
-
 BUGS = [
     Bug("fp8", "word << 8 & 0x80008000u", "word & 0x80008000u"),
     Bug("fp8", "254u) << 7", "253u) << 7"),
@@ -174,14 +144,9 @@ def test_there_is_no_bug(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: in
     check_attend(hopper_ops(SMALL, folder, monkeypatch, Gpu(3, seed, "random")), revealing_case(seed), BOUND)
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: f"{bug.header} {bug.right}"[:50])
+@pytest.mark.parametrize("bug", BUGS, ids=str)
 def test_a_bug_is_noticed(bug: Bug, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    root = tmp_path / "templates"
-    shutil.copytree(template_root(), root)
-    header = root / "include" / "helix" / f"{bug.header}.cuh"
-    text = header.read_text()
-    assert text.count(bug.right) == 1
-    header.write_text(text.replace(bug.right, bug.wrong))
+    root = planted(tmp_path, [bug])
     ops = hopper_ops(SMALL, folder, monkeypatch, Gpu(3, seed, "random"), root)
     with pytest.raises((AssertionError, KernelFault)):
         check_attend(ops, revealing_case(seed), BOUND)

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from helixc.codegen.template_root import template_root
 from helixc_runtime.attend_cuda import HopperGqa
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.cubin import CubinError
@@ -22,6 +21,7 @@ from helixc_runtime.ops_cuda import CudaOps
 from helixc_runtime.ops_torch import TorchOps
 from helixc_runtime.tensor_map import tensor_map
 from tests.gpu.kernel_cases import Case, check_attend, check_partial, gqa, mla, random_case, to_double
+from tests.simt.bugs import Bug, planted
 from tests.simt.cpu_kernel import ASYNCHRONY, Gpu, KernelFault, cpu_ops
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -39,13 +39,6 @@ SHAPES = {
     "gqa 16,1 d128 b16": (gqa(16, 1, 128, 16), 3),
     "gqa 8,1 d128 b64": (gqa(8, 1, 128, 64), 12),
 }
-
-
-@pytest.fixture
-def seed() -> int:
-    value = random.randrange(1 << 30)
-    print("seed", value)
-    return value
 
 
 def hopper_ops(
@@ -112,16 +105,6 @@ def test_steps_share_the_workspace(name: str, tmp_path: Path, monkeypatch: pytes
                 assert (part.view(torch.int32) == -(1 << 31)).all(), "a word of the parts is not -0.0 again"
 
 
-@dataclasses.dataclass(frozen=True)
-class Bug:
-    """A change of the kernels' source, of the one place where `right` stands in `header`."""
-
-    header: str
-    right: str
-    wrong: str
-    processors: int = 3
-
-
 MLA_BUGS = [
     # Barriers: waits that are missing, at the wrong phase, or for the wrong number of bytes.
     Bug("mla_softmax", "barrier_wait(base + M::full(stage.index, region), stage.parity);", ""),
@@ -183,37 +166,23 @@ CLUSTER_BUGS = [
 _ATTEMPTS = 30  # what needs a rare order of events is noticed in one of two or three
 
 
-def _id(bug: Bug) -> str:
-    return f"{bug.header} {bug.right}"[:50]
-
-
-@pytest.mark.parametrize("bug", MLA_BUGS, ids=_id)
+@pytest.mark.parametrize("bug", MLA_BUGS, ids=str)
 def test_a_bug_of_the_mla_kernels_is_noticed(
     bug: Bug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     assert _noticed(bug, mla(16, 64), [0, 70, 630, 129, 30], tmp_path, monkeypatch, seed)
 
 
-@pytest.mark.parametrize("bug", CLUSTER_BUGS, ids=_id)
+@pytest.mark.parametrize("bug", CLUSTER_BUGS, ids=str)
 def test_a_bug_of_the_clusters_is_noticed(bug: Bug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     assert _noticed(bug, mla(128, 32), [0, 70, 450, 129, 30], tmp_path, monkeypatch, seed)
 
 
-@pytest.mark.parametrize("bug", GQA_BUGS, ids=_id)
+@pytest.mark.parametrize("bug", GQA_BUGS, ids=str)
 def test_a_bug_of_the_gqa_kernels_is_noticed(
     bug: Bug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     assert _noticed(bug, gqa(8, 1, 128, 16), [0, 70, 450, 129, 30], tmp_path, monkeypatch, seed)
-
-
-def _planted(bug: Bug, folder: Path) -> Path:
-    root = folder / "templates"
-    shutil.copytree(template_root(), root)
-    header = root / "include" / "helix" / f"{bug.header}.cuh"
-    text = header.read_text()
-    assert text.count(bug.right) == 1
-    header.write_text(text.replace(bug.right, bug.wrong))
-    return root
 
 
 def _noticed(
@@ -221,7 +190,7 @@ def _noticed(
 ) -> bool:
     case = random_case(shape, lengths, CPU, seed)
     _store_new_tokens(case, seed)
-    root = _planted(bug, folder)
+    root = planted(folder, [bug])
     other = dataclasses.replace(case, q=case.q.flip(1))  # after it, the workspace is as a launch left it
     steps = [
         (step, TorchOps(shape).attend(step.q.double(), to_double(step.cache), step.batch)) for step in (case, other)
@@ -257,7 +226,7 @@ def test_the_copy_engine_refuses_what_the_driver_refuses(tmp_path: Path, monkeyp
 def test_a_deadlock_says_who_waits_for_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bug = Bug("mla_fetch", "barrier_expect(full, halves * bytes);", "barrier_expect(full, halves * bytes + 16);")
     case = random_case(mla(16, 64), [64], CPU, 1)
-    ops = hopper_ops(case.shape, tmp_path, monkeypatch, Gpu(1), _planted(bug, tmp_path))
+    ops = hopper_ops(case.shape, tmp_path, monkeypatch, Gpu(1), planted(tmp_path, [bug]))
     waiting = r"deadlock:(?s:.*)block 0,0,0 warp 4 lanes ffffffff: phase with parity 0 of mbarrier .* 16 bytes missing"
     with pytest.raises(KernelFault, match=waiting):
         ops.attend(case.q, case.cache, case.batch)

@@ -15,6 +15,7 @@ from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ops import GqaProjections, MlaProjections
 from helixc_runtime.ops_torch import TorchOps
 from tests.gpu.kernel_cases import APPEND_SHAPES, check_append, check_attend, check_combine, gqa, mla, random_case
+from tests.simt.bugs import Bug, planted
 from tests.simt.cpu_kernel import cpu_ops
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -59,24 +60,12 @@ def test_kernels_agree_with_the_oracle(
     ],
 )
 def test_a_wrong_kernel_is_noticed(right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = _changed(tmp_path, right, wrong)
+    root = planted(tmp_path, [Bug("*", right, wrong)])
     seed = random.randrange(1 << 30)
     print("seed", seed)
     _check_all(tmp_path, monkeypatch, template_root(), seed)  # the same problem, unchanged
     with pytest.raises(AssertionError):
         _check_all(tmp_path / "wrong", monkeypatch, root, seed)
-
-
-def _changed(folder: Path, right: str, wrong: str) -> Path:
-    """A copy of the templates in which `right`, which occurs once, is `wrong`."""
-    root, changed = folder / "templates", 0
-    shutil.copytree(template_root(), root)
-    for header in (root / "include").rglob("*.cuh"):
-        text = header.read_text()
-        changed += text.count(right)
-        header.write_text(text.replace(right, wrong))
-    assert changed == 1, f"{right} occurs {changed} times"
-    return root
 
 
 def _check_all(folder: Path, monkeypatch: pytest.MonkeyPatch, root: Path, seed: int) -> None:
@@ -182,7 +171,7 @@ MLA, QWEN3 = "mla fp8", "qwen3 fp8"
 def test_a_wrong_append_is_noticed(
     shape: str, right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = _changed(tmp_path, right, wrong)
+    root = planted(tmp_path, [Bug("*", right, wrong)])
     seed = random.randrange(1 << 30)
     print("seed", seed)
     ops = cpu_ops(APPEND_SHAPES[shape], 1, tmp_path, monkeypatch, 1, root, only_append=True)

@@ -35,13 +35,6 @@ FP8_SHAPES = [
 ]
 
 
-@pytest.fixture
-def seed() -> int:
-    value = random.randrange(1 << 30)
-    print("seed", value)
-    return value
-
-
 def _random_shape(draw: random.Random) -> AttentionShape:
     block = draw.choice([1, 3, 4, 32])
     if draw.random() < 0.5:

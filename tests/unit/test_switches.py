@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,13 +27,6 @@ def tensors(case: Case) -> list[torch.Tensor]:
     """The projections."""
     found = (getattr(case.new, name) for name in case.new.__slots__)
     return [tensor for tensor in found if tensor is not None]
-
-
-@pytest.fixture
-def seed() -> int:
-    value = random.randrange(1 << 30)
-    print("seed", value)
-    return value
 
 
 def test_reading() -> None:
