@@ -16,6 +16,7 @@ from helixc_runtime.attention_shape import AttentionShape, attention_shape
 from helixc_runtime.comm import TorchComm
 from helixc_runtime.kv import KvCache, Row
 from helixc_runtime.manifest import Moe, Plan, local_length, local_slot, owner
+from helixc_runtime.models import layers
 from helixc_runtime.models.decoder import Decoder
 from helixc_runtime.models.layers import gated_mlp, mixture, route
 from helixc_runtime.models.rotary import Rotary
@@ -116,9 +117,13 @@ def test_a_host_read_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         DecodeStep(decoder, ops, cache)._compute(4, draws=False)
 
 
+@pytest.mark.parametrize("routed_rows", [3, layers.ROUTED_ROWS])
 @pytest.mark.parametrize("experts", [(0, 8), (0, 3), (5, 8), (2, 3)])
-def test_the_mixture_is_the_sum_over_its_experts(experts: tuple[int, int], tmp_path: Path) -> None:
+def test_the_mixture_is_the_sum_over_its_experts(
+    experts: tuple[int, int], routed_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against a loop over rows and experts; other ranks' experts, and experts that no row chose, add nothing."""
+    monkeypatch.setattr(layers, "ROUTED_ROWS", routed_rows)
     seed = random.randrange(2**31)
     plan = _plan("deepseek-v3-lite", tmp_path, seed=seed)
     rank, arch = plan.ranks[-1], plan.model.arch

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from helixc_runtime.manifest import Moe, Rank
 from helixc_runtime.weights import Weights
 
+ROUTED_ROWS = 4096  # tokens of a prompt that are routed at a time: each takes top_k rows of memory, in float32 too
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dim, in float32 until the weight is applied (as the published models do).
@@ -59,7 +61,8 @@ def mixture(weights: Weights, layer: int, moe: Moe, rank: Rank, x: Tensor) -> Te
     """This rank's summand of an MoE layer: its rows of its experts, and of the shared experts. x is [N, hidden]."""
     logits = F.linear(x.float(), weights("router", layer).float())
     experts, factors = route(moe, logits, weights.get("router_bias", layer))
-    out = _routed(weights, layer, rank, x, experts, factors)
+    pieces = zip(*(torch.split(t, ROUTED_ROWS) for t in (x, experts, factors)), strict=True)
+    out = torch.cat([_routed(weights, layer, rank, *piece) for piece in pieces])
     if moe.shared_intermediate_size:
         shared = (weights(f"shared_{part}", layer) for part in ("gate", "up", "down"))
         out = out + gated_mlp(x, *shared)
