@@ -20,7 +20,7 @@ from helixc_runtime.shape_checks import check_linear, check_mixture, check_mlp
 
 # The launch arguments of each template, in order.
 ARGUMENTS: dict[str, tuple[str, ...]] = {
-    "router": ("pointer",) * 3 + ("int32",),
+    "router": ("pointer",) * 3,
     "gate_up": ("pointer",) * 8 + ("int32",) * 2,
     "down": ("pointer",) * 6 + ("int32",) * 2,
     "linear": ("pointer",) * 3 + ("int32",) * 8,
@@ -30,7 +30,6 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 EARLY = frozenset(ARGUMENTS)
 
 _WARP, _EIGHT, _TILE_ROWS = 32, 8, 16
-_ROUTER_TOKENS = 2  # kRouterTokens of router.cuh
 _BLOCKS = 2  # thread blocks a multiprocessor
 _TEAM_COLUMNS = 128  # columns that keep one more warp of a team busy: kUnitColumns of skinny.cuh
 
@@ -105,8 +104,8 @@ class CudaFfn:
         kernel, router = self._router
         logits = torch.empty(len(x), self.shape.moe.experts, dtype=torch.float32, device=x.device)
         warps = int(kernel.params["threads"]) // _WARP
-        grid = (-(-self.shape.moe.experts // warps), -(-len(x) // _ROUTER_TOKENS), 1)
-        router.launch(grid, *map(address, (logits, x, weights.router)), len(x))
+        blocks = -(-self.shape.moe.experts // warps)
+        router.launch((blocks, len(x), 1), *map(address, (logits, x, weights.router)))
         return self._launch_gated(gated, x, experts, shared, logits, weights.bias)
 
     def _launch_gated(

@@ -67,7 +67,7 @@ class CudaOps:
             _check_kernel(kernel, shape)
         if "append" not in self._kernels:
             raise ValueError(f"the rank has no append kernel for {arch}")
-        self._loaded = {kernel.name: _load(kernel, artifact_dir, device) for kernel in (*chosen, *of_ffn)}
+        self._loaded = {kernel.name: load_kernel(kernel, artifact_dir, device) for kernel in (*chosen, *of_ffn)}
         self._attend = make_attend(shape, self._kernels, self._loaded, device)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._ffn = CudaFfn(ffn, of_ffn, self._loaded, processors, device)
@@ -183,7 +183,7 @@ class CudaOps:
             raise ValueError(f"{name} is on {tensor.device}, expected {self.device}")
 
 
-def _load(kernel: Kernel, artifact_dir: Path, device: torch.device) -> LoadedKernel:
+def load_kernel(kernel: Kernel, artifact_dir: Path, device: torch.device) -> LoadedKernel:
     if kernel.cubin is None:
         raise ValueError(f"kernel {kernel.name} was planned but not compiled")
     arguments, threads = _ARGUMENTS[kernel.template], int(kernel.params["threads"])

@@ -66,3 +66,27 @@ def test_mixtures(shape: FfnShape, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     generator = torch.Generator().manual_seed(seed)
     for rows in (1, random.Random(seed).randint(2, 8), 11):
         check_mixture(kernels.mixture, random_case(shape, rows, generator))
+
+
+@pytest.mark.usefixtures("kernels_only")
+@pytest.mark.parametrize(("hidden", "columns"), [(264, 136), (72, 8), (128, 520)])
+def test_a_dense_mlp(hidden: int, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    kernels = cpu_ffn(ffn(None, hidden, dense=columns), 16, tmp_path, monkeypatch, gpu(seed))
+    generator = torch.Generator().manual_seed(seed)
+    weights = random_mlp(hidden, columns, generator)
+    for rows in (1, 8, 13):
+        check_mlp(kernels.mlp, torch.randn(rows, hidden, generator=generator).bfloat16(), weights)
+
+
+@pytest.mark.usefixtures("kernels_only")
+@pytest.mark.parametrize(
+    "size", [(40, 1056), (17, 600), (3, 24, 264), (2, 33, 128), (50, 40), (5, 16, 8)], ids=str
+)  # teams of 8, 4, 2 and 1
+def test_projections(size: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Also of rows that lie apart, as heads of a wider projection do."""
+    kernels = cpu_ffn(ffn(None, 64), 16, tmp_path, monkeypatch, gpu(seed))
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(*size, generator=generator) * size[-1] ** -0.5).bfloat16()
+    for rows in (1, 8, 16):
+        wide = torch.randn(rows, *size[:-2], size[-1] + 16, generator=generator).bfloat16()
+        check_linear(kernels.linear, wide[..., 8:-8], weight)

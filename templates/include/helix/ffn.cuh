@@ -49,7 +49,7 @@ template <class C> struct GateUp {
   HELIX_DEVICE int units() const { return (C::hidden + kUnitColumns - 1) / kUnitColumns; }
 
   HELIX_DEVICE Unit<C::eights> unit(int tile, int index) const {
-    const int lane = int(threadIdx.x) % kWarp, column = index * kUnitColumns;
+    const int lane = int(threadIdx.x) % kWarp, column = index * kUnitColumns + lane_column();
     Unit<C::eights> unit;
     if (tile < kAlways) {
       place(unit, a.always_gate, a.always_up, tile * kColumns + lane / 4, C::always_columns, column);
@@ -118,14 +118,16 @@ template <class C> struct Down {
     const int lane = int(threadIdx.x) % kWarp, row = tile * kTileRows + lane / 4;
     Unit<C::eights> unit;
     if (index < kAlways) {
-      place(unit, a.always_down, row, index * kUnitColumns, C::always_columns);
+      const int column = index * kUnitColumns + lane_column();
+      place(unit, a.always_down, row, column, C::always_columns);
 #pragma unroll
       for (int t = 0; t < C::eights; ++t) {
         const int token = t * kEight + lane / 4;
-        unit.x[t] = token < a.tokens ? of_token(token) + C::top_k * C::expert_columns + index * kUnitColumns : nullptr;
+        unit.x[t] = token < a.tokens ? of_token(token) + C::top_k * C::expert_columns + column : nullptr;
       }
     } else if constexpr (C::experts > 0) {
-      const int expert = routing.active[(index - kAlways) / kEach], column = (index - kAlways) % kEach * kUnitColumns;
+      const int expert = routing.active[(index - kAlways) / kEach];
+      const int column = (index - kAlways) % kEach * kUnitColumns + lane_column();
       place(unit, a.down + i64(expert) * C::hidden * C::expert_columns, row, column, C::expert_columns);
 #pragma unroll
       for (int t = 0; t < C::eights; ++t) {

@@ -26,7 +26,7 @@ template <class C> struct LinearWork {
   HELIX_DEVICE int units() const { return (a.columns + kUnitColumns - 1) / kUnitColumns; }
 
   HELIX_DEVICE Unit<C::eights> unit(int tile, int index) const {
-    const int lane = int(threadIdx.x) % kWarp, matrix = tile / row_tiles, column = index * kUnitColumns;
+    const int lane = int(threadIdx.x) % kWarp, matrix = tile / row_tiles, column = index * kUnitColumns + lane_column();
     const int low = tile % row_tiles * kTileRows + lane / 4, last = a.rows - 1;  // rows beyond the last are not stored
     const bfloat16* weights = a.weights + matrix * a.w_matrix + column;
     Unit<C::eights> unit;

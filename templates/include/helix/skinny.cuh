@@ -24,7 +24,7 @@ constexpr int kTokenPitch = kTileRows + 4;  // floats; of a warp's stores and lo
 // One lane's part of 16 rows x kUnitColumns columns.
 struct Slab { Vector16 low[kSteps], high[kSteps]; };
 
-// What one lane multiplies: its rows of the tile and its token of each eight, from the unit's first column on.
+// What one lane multiplies: its rows of the tile and its token of each eight, from its own first column of the unit on.
 template <int eights> struct Unit {
   const bfloat16 *low, *high;
   const bfloat16* x[eights];  // null: no such token, which counts as zeros
@@ -32,13 +32,13 @@ template <int eights> struct Unit {
 };
 
 HELIX_DEVICE Vector16 zeros() { return {{0, 0, 0, 0}}; }
-HELIX_DEVICE int lane_column(int step) { return step * kStepColumns + int(threadIdx.x) % 4 * 8; }
+HELIX_DEVICE int lane_column() { return int(threadIdx.x) % 4 * 8; }
 
 template <int eights> HELIX_DEVICE Slab load_slab(const Unit<eights>& unit) {
   Slab slab;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    const int at = lane_column(step);
+    const int at = step * kStepColumns;
     const bool inside = at < unit.columns;
     slab.low[step] = inside ? load_streamed(unit.low + at) : zeros();
     slab.high[step] = inside ? load_streamed(unit.high + at) : zeros();
@@ -50,7 +50,7 @@ template <int eights>
 HELIX_DEVICE void load_tokens(Vector16 (&x)[kSteps][eights], const Unit<eights>& unit) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    const int at = lane_column(step);
+    const int at = step * kStepColumns;
 #pragma unroll
     for (int t = 0; t < eights; ++t)
       x[step][t] = at < unit.columns && unit.x[t] ? load_global(unit.x[t] + at) : zeros();
