@@ -51,7 +51,7 @@ class CudaFfn:
         self.shape, self.processors, self.device = shape, processors, device
         self._linear: dict[tuple[int, int], tuple[Kernel, LoadedKernel]] = {}  # by eights and team
         self._gated: dict[tuple[int, bool], Gated] = {}  # by eights, and whether it is a mixture
-        self._router: tuple[Kernel, LoadedKernel] | None = None
+        self._router: LoadedKernel | None = None
         downs = {_key(kernel): loaded[kernel.name] for kernel in kernels if kernel.template == "down"}
         for kernel in kernels:
             _check(kernel, shape)
@@ -59,7 +59,7 @@ class CudaFfn:
                 key = int(kernel.params["eights"]), int(kernel.params["team"])
                 self._linear[key] = kernel, loaded[kernel.name]
             elif kernel.template == "router":
-                self._router = kernel, loaded[kernel.name]
+                self._router = loaded[kernel.name]
             elif kernel.template == "gate_up":
                 self._gated[_key(kernel)] = kernel, loaded[kernel.name], downs[_key(kernel)]
 
@@ -101,11 +101,8 @@ class CudaFfn:
             self._expect(shared.gate, shared.up, shared.down)
         if weights.bias is not None and weights.bias.dtype != torch.float32:
             raise ValueError(f"the router's bias is {weights.bias.dtype}, expected torch.float32")
-        kernel, router = self._router
         logits = torch.empty(len(x), self.shape.moe.experts, dtype=torch.float32, device=x.device)
-        warps = int(kernel.params["threads"]) // _WARP
-        blocks = -(-self.shape.moe.experts // warps)
-        router.launch((blocks, len(x), 1), *map(address, (logits, x, weights.router)))
+        self._router.launch((self.shape.moe.experts, len(x), 1), *map(address, (logits, x, weights.router)))
         return self._launch_gated(gated, x, experts, shared, logits, weights.bias)
 
     def _launch_gated(
