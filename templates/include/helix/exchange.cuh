@@ -22,7 +22,7 @@ template <class C> struct ExchangeInbox {
   u32 half;
 
   HELIX_DEVICE ExchangeInbox(const Group& group, int max_rows)
-      : units(i64(max_rows) * C::heads), half(group.exchange() % 2) {}
+      : units(i64(max_rows) * C::heads), half(group.half()) {}
   HELIX_DEVICE i64 place(int sender, i64 unit) const { return (i64(half) * C::members + sender) * units + unit; }
   HELIX_DEVICE Vector16* o(u8* inbox, int sender, i64 unit) const {
     return reinterpret_cast<Vector16*>(inbox) + place(sender, unit) * kVectors;
