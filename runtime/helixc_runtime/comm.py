@@ -59,7 +59,7 @@ class Comm(Protocol):
         ...
 
     def check(self) -> None:
-        """Raise PeerTimeout if a step that the GPU has finished waited for a peer in vain. Does not wait for the GPU."""
+        """Raise PeerTimeout if a step that the GPU has finished waited in vain for a peer. Does not wait for it."""
         ...
 
     def send(self, x: Tensor, rank: int) -> None:
