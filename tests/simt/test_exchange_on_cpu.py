@@ -201,11 +201,14 @@ def test_a_peer_that_is_gone_is_named(tmp_path: Path, seed: int) -> None:
             "const i64 first = row * C::members * C::heads + (head + 1) % C::heads;",
         ),
         (
-            "const float weight = expf(part_lse[member] - largest);",
-            "const float weight = exp2f(part_lse[member] - largest);",
+            "weight = expf(lse - largest_now);",
+            "weight = exp2f(lse - largest_now);",
         ),
         ("if (!is_minus_infinity(part_lse)) {", "{"),
         ("group.rank, unit), sendable(u32(", "group.rank, unit), (u32("),
+        ("total = total * before + weight;", "total = total + weight;"),
+        ("if (!arrived(word)) word = receive(lse, group, sender);", ""),
+        ("if (!arrived(head.parts[round])) head.parts[round] =", "if (false) head.parts[round] ="),
     ],
 )
 def test_a_wrong_exchange_is_noticed(right: str, wrong: str, tmp_path: Path, seed: int) -> None:
@@ -288,7 +291,7 @@ def test_reductions_in_a_row(members: int, hidden: int, dtype: Dtype, bias: bool
         ("const i64 half = group.half();", "const i64 half = 0;"),
         ("/ float(C::hidden) + C::eps", "/ float(C::hidden + 8) + C::eps"),
         ("if (bias) add_elements<Element>(sum[round], vector(bias, i));", ""),
-        ("if (residual) add_elements<Element>(sum[round], vector(residual, first + i));", ""),
+        ("if (residual) add_elements<Element>(sum[round], before[round]);", ""),
     ],
 )
 def test_a_wrong_reduction_is_noticed(right: str, wrong: str, tmp_path: Path, seed: int) -> None:

@@ -59,6 +59,15 @@ HELIX_DEVICE void reduce(typename C::Element* sum_out, typename C::Element* norm
     for (int i = thread; i < vectors; i += C::threads) store_to_peer(to + i, sendable(vector(x, first + i)));
   }
 
+  Vector16 before[rounds], factors[rounds];  // loaded before the wait
+#pragma unroll
+  for (int round = 0; round < rounds; ++round) {
+    const int i = round * C::threads + thread;
+    if (i >= vectors) continue;
+    if (residual) before[round] = vector(residual, first + i);
+    if (weight) factors[round] = vector(weight, i);
+  }
+
   float sum[rounds][width], squares = 0.0f;
 #pragma unroll
   for (int round = 0; round < rounds; ++round) {
@@ -78,7 +87,7 @@ HELIX_DEVICE void reduce(typename C::Element* sum_out, typename C::Element* norm
       add_elements<Element>(sum[round], v);
     }
     if (bias) add_elements<Element>(sum[round], vector(bias, i));
-    if (residual) add_elements<Element>(sum[round], vector(residual, first + i));
+    if (residual) add_elements<Element>(sum[round], before[round]);
     Vector16 out;
     Element* elements = reinterpret_cast<Element*>(out.words);
 #pragma unroll
@@ -96,13 +105,12 @@ HELIX_DEVICE void reduce(typename C::Element* sum_out, typename C::Element* norm
   for (int round = 0; round < rounds; ++round) {
     const int i = round * C::threads + thread;
     if (i >= vectors) continue;
-    const Vector16 factors = vector(weight, i);
     Vector16 out;
     Element* elements = reinterpret_cast<Element*>(out.words);
 #pragma unroll
     for (int e = 0; e < width; ++e) {
       const float rounded = to_float(from_float<Element>(sum[round][e] * scale));
-      elements[e] = from_float<Element>(to_float(reinterpret_cast<const Element*>(factors.words)[e]) * rounded);
+      elements[e] = from_float<Element>(to_float(reinterpret_cast<const Element*>(factors[round].words)[e]) * rounded);
     }
     reinterpret_cast<Vector16*>(normed)[first + i] = out;
   }
