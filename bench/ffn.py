@@ -194,9 +194,7 @@ def linears(folder: Path, device: torch.device) -> Iterator[Callable[[], Iterato
         )
 
 
-def linear_rows(
-    name: str, size: tuple[int, ...], stored: str, kernels: CudaFfn, device: torch.device
-) -> Iterator[Row]:
+def linear_rows(name: str, size: tuple[int, ...], stored: str, kernels: CudaFfn, device: torch.device) -> Iterator[Row]:
     generator = torch.Generator(device).manual_seed(0)
     for rows in ROWS:
 

@@ -136,7 +136,9 @@ class CudaFfn:
         for tensor in tensors:
             if tensor.device != self.device or not _loadable(tensor) or not tensor.is_contiguous():
                 described = f"{tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
-                raise ValueError(f"expected contiguous bfloat16 at a multiple of 16 bytes on {self.device}: {described}")
+                raise ValueError(
+                    f"expected contiguous bfloat16 at a multiple of 16 bytes on {self.device}: {described}"
+                )
 
 
 def _key(kernel: Kernel) -> tuple[int, bool]:

@@ -18,6 +18,13 @@ class Partial(NamedTuple):
     lse: Tensor  # [B, H] float32
 
 
+class Norm(NamedTuple):
+    """An RMSNorm of the hidden states."""
+
+    weight: Tensor  # [hidden]
+    eps: float
+
+
 @dataclass(frozen=True, slots=True)
 class LayerCache:
     """Paged KV of one layer. MLA: k is [pages, block, latent + rope] and v is None (the first latent columns of k).
@@ -137,5 +144,14 @@ class Ops(Protocol):
         """This rank's summand [N, hidden] of a mixture of experts of x [N, hidden]; see layers.route for the routing.
 
         Equal scores: the lower expert is chosen. Router logits are float32. A row that is NaN spoils only itself.
+        """
+        ...
+
+    def add_norm(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        """residual + x + bias [B, hidden], added in float32 and rounded once, and its norm (without one: itself).
+
+        None is zero for `residual` [B, hidden] and `bias` [hidden].
         """
         ...

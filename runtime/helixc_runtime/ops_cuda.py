@@ -17,20 +17,24 @@ from helixc_runtime.ffn_cuda import EARLY as FFN_EARLY
 from helixc_runtime.ffn_cuda import CudaFfn
 from helixc_runtime.ffn_shape import FfnShape
 from helixc_runtime.manifest import Kernel
-from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Partial, Projections
-from helixc_runtime.shape_checks import check_append, check_attend, check_combine
+from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Norm, Partial, Projections
+from helixc_runtime.shape_checks import check_add_norm, check_append, check_attend, check_combine
 from helixc_runtime.switches import read_switches
 from helixc_runtime.watched_kernel import WatchedKernel
 
 _WARP = 32
 
 # The launch arguments of each template, in order.
-_ARGUMENTS = {
+ARGUMENTS = {
     "append": ("pointer",) * 15 + ("int32",) * 9,
     "combine": ("pointer",) * 4 + ("int32",),
+    "exchange": ("pointer",) * 7 + ("int32",) * 5,  # the limit in nanoseconds is as wide as a pointer
+    "reduce": ("pointer",) * 10 + ("int32",) * 4,
     **ATTEND_ARGUMENTS,
     **FFN_ARGUMENTS,
 }
+_EARLY = EARLY | FFN_EARLY | {"exchange", "reduce"}  # the last two wait before they read anything
+_NO_GROUP = (0,) * 8  # a reduction of one rank's summand: its group's arguments
 
 
 class CudaOps:
@@ -61,8 +65,11 @@ class CudaOps:
         self.device = device
         of_ffn = [kernel for kernel in chosen if kernel.template in FFN_ARGUMENTS]
         chosen = [kernel for kernel in chosen if kernel.template not in FFN_ARGUMENTS]
-        self._kernels = {kernel.template: kernel for kernel in chosen if kernel.template != "combine"}
+        chosen = [kernel for kernel in chosen if kernel.template != "exchange" and kernel.params.get("members", 1) == 1]
+        several = ("combine", "reduce")  # kernels of one template
+        self._kernels = {kernel.template: kernel for kernel in chosen if kernel.template not in several}
         self._combines = {int(kernel.params["cp"]): kernel for kernel in chosen if kernel.template == "combine"}
+        self._add_norms = {float(kernel.params["eps"]): kernel for kernel in chosen if kernel.template == "reduce"}
         for kernel in chosen:
             _check_kernel(kernel, shape)
         if "append" not in self._kernels:
@@ -139,6 +146,24 @@ class CudaOps:
         self._launch_warps(self._combines[parts], count, *map(address, pointers), count)
         return out
 
+    def add_norm(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        """See Ops.add_norm. Raises ValueError on a wrong shape, dtype, device, layout or epsilon."""
+        check_add_norm(x, residual, bias, norm)
+        weight = norm.weight if norm else None
+        self._expect(self.shape.dtype, x=x, residual=residual, bias=bias, weight=weight)
+        _expect_aligned(x=x, residual=residual, bias=bias, weight=weight)
+        kernel = next((k for eps, k in self._add_norms.items() if norm is None or eps == norm.eps), None)
+        if kernel is None or kernel.params["hidden"] != x.shape[1]:
+            raise ValueError(f"no kernel adds and norms {x.shape[1]} columns with {norm and norm.eps}")
+        out = torch.empty_like(x)
+        normed = torch.empty_like(x) if norm else out
+        pointers = (out, normed, x, residual, bias, weight)
+        if len(x):
+            self._loaded[kernel.name].launch((len(x), 1, 1), *map(address, pointers), *_NO_GROUP)
+        return out, normed
+
     def _empty_partial(self, rows: int, heads: int) -> Partial:
         dtype: torch.dtype = getattr(torch, self.shape.dtype)
         o = torch.empty(rows, heads, self.shape.partial_dim, dtype=dtype, device=self.device)
@@ -184,10 +209,11 @@ class CudaOps:
 
 
 def load_kernel(kernel: Kernel, artifact_dir: Path, device: torch.device) -> LoadedKernel:
+    """`kernel` of the artifact, ready to launch. Raises CubinError, or ValueError if it was never compiled."""
     if kernel.cubin is None:
         raise ValueError(f"kernel {kernel.name} was planned but not compiled")
-    arguments, threads = _ARGUMENTS[kernel.template], int(kernel.params["threads"])
-    shared, early = int(kernel.params.get("dynamic_shared", 0)), kernel.template in EARLY | FFN_EARLY
+    arguments, threads = ARGUMENTS[kernel.template], int(kernel.params["threads"])
+    shared, early = int(kernel.params.get("dynamic_shared", 0)), kernel.template in _EARLY
     described = (artifact_dir / kernel.cubin, kernel.name, arguments, threads, device, shared, early)
     switches = read_switches()
     return WatchedKernel(switches, *described) if switches.sync or switches.log_launches else LoadedKernel(*described)

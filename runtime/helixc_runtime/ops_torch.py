@@ -13,9 +13,10 @@ from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ffn_shape import FfnShape
 from helixc_runtime.models.layers import gated_mlp, linear, mix, rms_norm
 from helixc_runtime.models.rotary import rotate
-from helixc_runtime.ops import DecodeBatch, GatedMlp, LayerCache, MlaProjections, Mixture, Partial, Projections
+from helixc_runtime.ops import DecodeBatch, GatedMlp, LayerCache, MlaProjections, Mixture, Norm, Partial, Projections
 from helixc_runtime.quantize import dequantize, quantize
 from helixc_runtime.shape_checks import (
+    check_add_norm,
     check_append,
     check_attend,
     check_combine,
@@ -91,6 +92,17 @@ class TorchOps:
         assert self.ffn is not None and self.ffn.moe is not None and self.ffn.experts is not None
         check_mixture(self.ffn, x, weights)
         return mix(self.ffn.moe, self.ffn.experts, weights, x)
+
+    def add_norm(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        """See Ops.add_norm. Raises ValueError on a shape mismatch."""
+        check_add_norm(x, residual, bias, norm)
+        wide = x.to(_compute_dtype(x))
+        for addend in (residual, bias):
+            wide = wide if addend is None else wide + addend
+        out = wide.to(x.dtype)
+        return out, out if norm is None else rms_norm(out, norm.weight, norm.eps)
 
     def _assemble(self, new: Projections) -> tuple[Tensor, Tensor, Tensor | None]:
         """q [N, H, D], k and v (None: MLA) [N, KH, D], normed and not yet rotated."""

@@ -118,7 +118,9 @@ def want_mixture(case: FfnCase) -> Tensor:
     factors = weighed.gather(1, chosen)
     if moe.normalize:
         factors = factors / factors.sum(-1, keepdim=True)
-    out = want_mlp(case.x, case.weights.shared) if case.weights.shared else torch.zeros_like(case.x, dtype=torch.float64)
+    out = (
+        want_mlp(case.x, case.weights.shared) if case.weights.shared else torch.zeros_like(case.x, dtype=torch.float64)
+    )
     experts = case.weights.experts
     for row in range(len(case.x)):
         for expert, factor in zip(chosen[row].tolist(), (factors[row] * moe.scale).tolist(), strict=True):

@@ -55,9 +55,7 @@ def make_ffn(shape: FfnShape, folder: Path) -> CudaFfn:
     arch = device_arch(DEVICE)
     kernels = [c.kernel() for c in compile_all(render_all(problems(shape, 16, arch)), cache=folder / "kernels")]
     loaded = {kernel.name: load_kernel(kernel, folder, DEVICE) for kernel in kernels}
-    return CudaFfn(
-        shape, kernels, loaded, torch.cuda.get_device_properties(DEVICE).multi_processor_count, DEVICE
-    )
+    return CudaFfn(shape, kernels, loaded, torch.cuda.get_device_properties(DEVICE).multi_processor_count, DEVICE)
 
 
 @pytest.fixture(autouse=True)
