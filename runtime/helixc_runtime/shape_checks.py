@@ -13,8 +13,8 @@ from helixc_runtime.ops import (
     GatedMlp,
     GqaProjections,
     LayerCache,
-    MlaProjections,
     Mixture,
+    MlaProjections,
     Norm,
     Projections,
 )

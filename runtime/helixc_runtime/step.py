@@ -126,7 +126,7 @@ class DecodeStep:
         hidden = self.decoder.decode(control[_Field.token], self.cache.layers, batch, self.rotary, self.ops)
         if not self.decoder.is_last:
             return None
-        logits = self.decoder.head(hidden)
+        logits = self.decoder.head(hidden, self.ops.linear)
         if not draws:
             return StepResult(logits.argmax(-1), logits)
         temperature, top_p = (control[field].view(torch.float64) for field in (_Field.temperature, _Field.top_p))
