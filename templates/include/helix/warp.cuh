@@ -1,5 +1,5 @@
-// Reductions over the 32 lanes of one warp, or over each kLanes consecutive ones; every lane gets the result, and all 32
-// must take part.
+// Reductions over the 32 lanes of one warp, or over each kLanes consecutive ones (every lane gets the result), and a
+// scan; all 32 must take part.
 #pragma once
 #include "helix/element.cuh"
 
@@ -16,6 +16,16 @@ HELIX_DEVICE float warp_max(float x) {
 template <int kLanes = kWarp> HELIX_DEVICE float warp_sum(float x) {
 #pragma unroll
   for (int distance = kLanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+  return x;
+}
+
+// Of the lanes up to and with this one.
+HELIX_DEVICE int inclusive_scan(int x, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int below = __shfl_up_sync(0xffffffffu, x, distance);
+    if (lane >= distance) x += below;
+  }
   return x;
 }
 
