@@ -65,7 +65,10 @@ struct Warp {
   bool fenced;
 };
 
-struct NamedBarrier { unsigned expected, arrived; };
+struct NamedBarrier {
+  unsigned expected, arrived;
+  bool against, unanimous;  // a vote under way, and the last one's outcome
+};
 
 struct Block {
   Cluster* cluster;
