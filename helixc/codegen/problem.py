@@ -71,7 +71,7 @@ def reduce(members: int, hidden: int, eps: float, bias: bool, dtype: Dtype, arch
 
 def _hopper_mla(shape: AttentionShape) -> bool:
     dims = (shape.head_dim, shape.partial_dim) == (576, 512)
-    sizes = shape.heads in (16, 32, 64, 128) and shape.query_tokens in (1, 2, 3, 4) and shape.block in (32, 64)
+    sizes = shape.heads in range(8, 129, 8) and shape.query_tokens in (1, 2, 3, 4) and shape.block in (32, 64)
     cached = shape.dtype == "bfloat16" and shape.kv_dtype in ("bfloat16", "float8_e4m3fn")
     return cached and shape.is_mla and dims and sizes
 
@@ -109,7 +109,12 @@ def _mla_merge(shape: AttentionShape, arch: str) -> KernelSpec:
 
 
 def _row_tokens(shape: AttentionShape) -> int:
-    """Query tokens that are one row of the schedule: as many, a divisor of all, as have 128 heads in one cluster."""
+    """Query tokens that are one row of the schedule: as many, a divisor of all, as have 128 heads in one cluster.
+
+    A warp computes 16 of them, of one token.
+    """
+    if shape.heads % 16:
+        return 1
     return max(n for n in range(1, shape.query_tokens + 1) if shape.query_tokens % n == 0 and shape.heads * n <= 128)
 
 

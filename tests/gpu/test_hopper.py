@@ -34,6 +34,10 @@ SHAPES = {
         for heads in (16, 32, 64, 128)
         for block in (32, 64)
     },
+    "mla h8": mla(8, 64),
+    "mla h8 b32 fp8 t2": mla(8, 32, kv_dtype="float8_e4m3fn", query_tokens=2),
+    "mla h40 b32": mla(40, 32),
+    "mla h72": mla(72, 64),
     "mla h16 t4": mla(16, 64, query_tokens=4),
     "mla h32 b32 t3": mla(32, 32, query_tokens=3),
     "mla h64 t2": mla(64, 64, query_tokens=2),

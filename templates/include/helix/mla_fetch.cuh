@@ -4,8 +4,8 @@
 
 namespace helix {
 
-// One warp: fetches Q and KV, region by region, always as far ahead as the regions passed back allow. The first two
-// tiles do not wait for the previous kernel, which may write queries and new tokens alone: they are all there is room for.
+// One warp: fetches Q and KV, region by region, always as far ahead as the regions passed back allow. The first tile
+// does not wait for the previous kernel, which may write queries and new tokens alone.
 template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaMaps& maps, u32 base) {
   constexpr int kPagesPerTile = kTileTokens / C::block;
   const int lane = int(threadIdx.x) % 32;
@@ -22,8 +22,8 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
     const bool any = segment.first_tile < segment.last_tile;
     int current = any ? pages[min(first_page + lane, last_page)] : 0;
     int next = any ? pages[min(first_page + 32 + lane, last_page)] : 0;
-    const bool early = !waited && segment.first_tile + 2 <= segment.last_tile &&
-                       (segment.first_tile + 2) * kTileTokens <= segment.length - C::row_tokens * C::shares;
+    const bool early =
+        !waited && (segment.first_tile + 1) * kTileTokens <= segment.length - C::row_tokens * C::shares;
     if (!waited && !early) wait_for_previous_kernels();
     waited = true;
     for (int tile = segment.first_tile; tile < segment.last_tile; ++tile) {
@@ -59,7 +59,7 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
       }
       __syncwarp();
       stage.advance();
-      if (tile == segment.first_tile + early) {  // KV first: it is what takes long
+      if (tile == segment.first_tile) {  // KV first: it is what takes long
         if (early) wait_for_previous_kernels();
         if (leader) {
           barrier_wait(base + M::q_empty, q_parity);
