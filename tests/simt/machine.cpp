@@ -118,10 +118,7 @@ template <class F> void for_each_fiber(Block& block, F&& f) {
 }
 
 void release_named(Block& block, unsigned number) {
-  NamedBarrier& barrier = block.named[number];
-  barrier.arrived = 0;
-  barrier.unanimous = !barrier.against;
-  barrier.against = false;
+  block.named[number].arrived = 0;
   ++machine.events;
   for_each_fiber(block, [&](Fiber& fiber) {
     if (fiber.wait == Wait::block && fiber.number == number && &fiber != machine.current) wake(fiber);
@@ -426,14 +423,6 @@ void block_barrier(unsigned number, unsigned threads) {
   }
   machine.current->number = number;
   suspend(Wait::block);
-}
-
-bool block_vote(unsigned number, unsigned threads, bool x) {
-  if (number > 15) fail("there is no barrier %u", number);
-  NamedBarrier& barrier = this_block().named[number];
-  barrier.against |= !x;
-  block_barrier(number, threads);
-  return barrier.unanimous;
 }
 
 void cluster_barrier() {

@@ -65,10 +65,7 @@ struct Warp {
   bool fenced;
 };
 
-struct NamedBarrier {
-  unsigned expected, arrived;
-  bool against, unanimous;  // a vote under way, and the last one's outcome
-};
+struct NamedBarrier { unsigned expected, arrived; };
 
 struct Block {
   Cluster* cluster;

@@ -50,7 +50,6 @@ unsigned lane();
 
 constexpr unsigned kAllThreads = 0;
 void block_barrier(unsigned number, unsigned threads);
-bool block_vote(unsigned number, unsigned threads, bool x);  // a barrier: whether x holds for every thread
 void cluster_barrier();
 unsigned cluster_rank();
 // Lets others run: in a loop that waits for another thread's write.

@@ -122,7 +122,7 @@ MLA_BUGS = [
     # Products: read, or their operands passed back, before they are complete.
     Bug("mla_accumulate", "wgmma_wait<1>();", ""),
     Bug("mla_accumulate", "wgmma_wait<0>();", ""),
-    Bug("mla_softmax", "(next, base, stage);\n      wgmma_wait<0>();", "(next, base, stage);"),
+    Bug("mla_softmax", "wgmma_wait<0>();", ""),
     Bug("mla_accumulate", "wgmma_begin();", ""),
     # What ordinary stores and the tensor cores see of each other.
     Bug("mla_softmax", "fence_async_proxy();", ""),
@@ -159,9 +159,6 @@ GQA_BUGS = [
 ]
 
 CLUSTER_BUGS = [
-    Bug("mla_softmax", "return named_barrier_all(3, 128, all);", "return true;"),
-    Bug("mla_softmax", "weigh(s, false);\n        wgmma_wait<0>();", "weigh(s, false);"),
-    Bug("mla_softmax", "mla_start_scores<true>(next, base, stage);", "mla_start_scores<true>(s, base, stage);"),
     Bug("mla_layout", "if (lane < 2) barrier_arrive_cluster(empty, lane);", "if (lane == 0) barrier_arrive(empty);"),
     Bug("mla_fetch", "kEvictFirst, 3)", "kEvictFirst, 1)"),
     Bug("mla_fetch", "for (int pending = 0; pending < 2; ++pending)", "for (int pending = 0; pending < 0; ++pending)"),

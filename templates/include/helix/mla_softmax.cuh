@@ -5,16 +5,16 @@
 
 namespace helix {
 
-// Starts S[64][64] = Q K' of a tile, region by region as they arrive (or all at once, if they are `here`); column
-// 8 j + 2 (lane % 4) + e of row lane / 4 + 8 r comes to s[4 j + 2 r + e], once it is waited for.
-template <bool here> HELIX_DEVICE void mla_start_scores(float (&s)[32], u32 shared, Stage stage) {
+// S[64][64] = Q K' of a tile, region by region as they arrive; column 8 j + 2 (lane % 4) + e of row lane / 4 + 8 r is
+// in s[4 j + 2 r + e].
+HELIX_DEVICE void mla_scores(float (&s)[32], u32 shared, Stage stage) {
   const u32 base = opaque(shared);
   const MatrixOperand q(base + M::q, 16, M::kQGroup);
   wgmma_begin();
 #pragma unroll
   for (int region = 0; region < kRegions; ++region) {
     const MatrixOperand k(base + M::region(stage.index, region), 16, 1024 * chunks_in(region));
-    if constexpr (!here) barrier_wait(base + M::full(stage.index, region), stage.parity);
+    barrier_wait(base + M::full(stage.index, region), stage.parity);
 #pragma unroll
     for (int step = 0; step < 4 * chunks_in(region); ++step) {
       const u32 within = step / 4 * 1024 + step % 4 * 32;
@@ -22,15 +22,7 @@ template <bool here> HELIX_DEVICE void mla_start_scores(float (&s)[32], u32 shar
     }
   }
   wgmma_commit();
-}
-
-// Whether all of a tile has arrived; the warpgroup is of one mind.
-HELIX_DEVICE bool mla_arrived(u32 base, Stage stage) {
-  bool all = true;
-#pragma unroll
-  for (int region = 0; region < kRegions; ++region)
-    all &= barrier_passed(base + M::full(stage.index, region), stage.parity);
-  return named_barrier_all(3, 128, all);
+  wgmma_wait<0>();
 }
 
 // Running softmax of two rows of S, which four lanes share.
@@ -120,75 +112,36 @@ HELIX_DEVICE void mla_publish(const float (&s)[32], const float (&factor)[2], Ml
   barrier_arrive(base + M::p_full);
 }
 
-// What the warpgroup keeps while it goes through a segment's tiles.
-template <class C> struct MlaScoring {
-  u32 base, p_parity = 1;
-  Stage stage;  // of the tile whose scores come next
-  int bound, tile, last_tile;
-  MlaSoftmax<C> softmax;
-
-  HELIX_DEVICE explicit MlaScoring(u32 base) : base(base) {}
-
-  // From the scores of `tile` to its weights.
-  HELIX_DEVICE void weigh(float (&s)[32], bool last) {
-    mla_mask(s, bound - tile * kTileTokens);
-    float factor[2];
-    softmax.refer(s, factor);
-    softmax.weigh(s);
-    mla_publish(s, factor, softmax, base, p_parity, last);
-  }
-
-  // One tile, whose scores `s` are complete; leaves those of the next tile in `next` (the same array, unless in a
-  // cluster). Returns whether there is one.
-  HELIX_DEVICE bool step(float (&s)[32], float (&next)[32]) {
-    mla_release<C>(base + M::empty(stage.index, kRotary));
-    stage.advance();
-    const bool last = tile + 1 == last_tile;
-    if (last && threadIdx.x % 32 == 0) barrier_arrive(base + M::q_empty);
-    if constexpr (C::cluster == 2) {
-      if (!last && mla_arrived(base, stage)) {
-        mla_start_scores<true>(next, base, stage);
-        weigh(s, false);
-        wgmma_wait<0>();
-        ++tile;
-        return true;
-      }
-    }
-    weigh(s, last);
-    if (!last) {
-      mla_start_scores<false>(next, base, stage);
-      wgmma_wait<0>();
-    }
-    return ++tile < last_tile;
-  }
-};
-
-// One warpgroup: scores, running softmax, and the LSE. The scores of a tile overlap with P V of the one before. In a
-// cluster, where the tensor cores are what takes long, also with that one's softmax, if the tile has arrived by then: if
-// it were waited for, P V and the memory of its tile would come later. Elsewhere memory takes long, and it never has.
+// One warpgroup: scores, running softmax, and the LSE. The scores of a tile overlap with P V of the one before. They
+// are not started before that one's softmax: P V, and the memory of its tile, would come later (measured: slower).
 template <class C> HELIX_DEVICE void mla_softmax(const MlaArguments& a, u32 base) {
   const int thread = int(threadIdx.x) % 128, lane = thread % 32, row0 = thread / 32 * 16 + lane / 4;
-  u32 q_parity = 0;
-  MlaScoring<C> scoring(base);
+  Stage stage;  // of the next scores
+  u32 q_parity = 0, p_parity = 1;
   Segments<C> segments(a.segments);
   wait_for_previous_kernels();
   if (segments.left == 0) return;
   do {
-    scoring.tile = segments.current->first_tile, scoring.last_tile = segments.current->last_tile;
+    const int first_tile = segments.current->first_tile, last_tile = segments.current->last_tile;
     // A warp's 16 rows are heads of one query token.
-    scoring.bound = mla_bound<C>(a, *segments.current, (head_half<C>() * 64 + thread / 32 * 16) / C::heads);
-    MlaSoftmax<C>& softmax = scoring.softmax = {};
-    if (scoring.tile < scoring.last_tile) {
-      float even[32];
+    const int bound = mla_bound<C>(a, *segments.current, (head_half<C>() * 64 + thread / 32 * 16) / C::heads);
+    MlaSoftmax<C> softmax;
+    if (first_tile < last_tile) {
+      float s[32];
       barrier_wait(base + M::q_full, q_parity);
       q_parity ^= 1;
-      mla_start_scores<false>(even, base, scoring.stage);
-      wgmma_wait<0>();
-      if constexpr (C::cluster == 1) {
-        while (scoring.step(even, even)) {}
-      } else {
-        float odd[32];
-        while (scoring.step(even, odd) && scoring.step(odd, even)) {}
+      mla_scores(s, base, stage);
+      for (int tile = first_tile; tile < last_tile; ++tile) {
+        mla_release<C>(base + M::empty(stage.index, kRotary));
+        stage.advance();
+        const bool last = tile + 1 == last_tile;
+        if (last && lane == 0) barrier_arrive(base + M::q_empty);
+        mla_mask(s, bound - tile * kTileTokens);
+        float factor[2];
+        softmax.refer(s, factor);
+        softmax.weigh(s);
+        mla_publish(s, factor, softmax, base, p_parity, last);
+        if (!last) mla_scores(s, base, stage);
       }
     }
     if (lane % 4 == 0) {

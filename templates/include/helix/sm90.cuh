@@ -56,17 +56,6 @@ HELIX_DEVICE bool barrier_try(u32 barrier, u32 parity) {
   return done != 0;
 }
 
-// Whether a wait would end at once.
-HELIX_DEVICE bool barrier_passed(u32 barrier, u32 parity) {
-  u32 done;
-  asm volatile(
-      "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
 // Polls before a wait gives up: a bug ends the kernel with an error and not the machine with a hang.
 constexpr u32 kMostPolls = 1u << 22;
 
@@ -86,19 +75,7 @@ HELIX_DEVICE void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// The same, and whether `x` holds for every thread.
-HELIX_DEVICE bool named_barrier_all(int number, int threads, bool x) {
-  u32 all;
-  asm volatile(
-      "{ .reg .pred mine, every; setp.ne.b32 mine, %3, 0;\n"
-      "bar.red.and.pred every, %1, %2, mine; selp.b32 %0, 1, 0, every; }"
-      : "=r"(all)
-      : "r"(number), "r"(threads), "r"(u32(x))
-      : "memory");
-  return all;
-}
-
-// The same as named_barrier, for warps whose lanes may come one by one.
+// The same, for warps whose lanes may come one by one.
 template <int number, int threads> HELIX_DEVICE void named_barrier_diverged() {
   asm volatile("barrier.cta.sync %0, %1;" ::"n"(number), "n"(threads) : "memory");
 }

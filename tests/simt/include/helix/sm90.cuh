@@ -31,7 +31,6 @@ HELIX_DEVICE bool barrier_try(u32 barrier, u32 parity) {
   if (!simt::barrier_passed(barrier, parity)) simt::spin();
   return simt::barrier_passed(barrier, parity);
 }
-HELIX_DEVICE bool barrier_passed(u32 barrier, u32 parity) { return simt::barrier_passed(barrier, parity); }
 HELIX_DEVICE void barrier_wait(u32 barrier, u32 parity) { simt::barrier_wait(barrier, parity); }
 HELIX_DEVICE void barrier_init(u64* barrier, u32 arrivals) { barrier_init(shared_address(barrier), arrivals); }
 HELIX_DEVICE void barrier_arrive(u64* barrier) { barrier_arrive(shared_address(barrier)); }
@@ -39,9 +38,6 @@ HELIX_DEVICE void barrier_expect(u64* barrier, u32 bytes) { barrier_expect(share
 HELIX_DEVICE void barrier_wait(u64* barrier, u32 parity) { barrier_wait(shared_address(barrier), parity); }
 
 HELIX_DEVICE void named_barrier(int number, int threads) { simt::block_barrier(unsigned(number), unsigned(threads)); }
-HELIX_DEVICE bool named_barrier_all(int number, int threads, bool x) {
-  return simt::block_vote(unsigned(number), unsigned(threads), x);
-}
 template <int number, int threads> HELIX_DEVICE void named_barrier_diverged() { named_barrier(number, threads); }
 
 HELIX_DEVICE void fence_async_proxy() { simt::fence_async_proxy(); }
