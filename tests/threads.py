@@ -16,10 +16,10 @@ from torch import Tensor
 
 from helixc_runtime import comm, engine, handoff
 from helixc_runtime.attention_shape import attention_shape
-from helixc_runtime.comm import Connection, TorchComm
+from helixc_runtime.comm import Comm, Connection, TorchComm
 from helixc_runtime.engine import Session, load_decoder, serve_context, serve_generation
 from helixc_runtime.job import Job, Request
-from helixc_runtime.manifest import Plan
+from helixc_runtime.manifest import Plan, Rank
 from helixc_runtime.ops_torch import TorchOps
 
 GROUPS = ("tp", "cp", "pp", "ffn_tp", "moe_tp", "moe_ep")
@@ -123,14 +123,22 @@ class _Silent:
 
 
 def calls_of(
-    plan: Plan, requests: tuple[Request, ...], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Plan,
+    requests: tuple[Request, ...],
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_comm: Callable[[Rank, Any], Comm] = TorchComm,
+    keep_logits: bool = False,
 ) -> dict[int, list[Call]]:
-    """Serve `requests` with every rank of `plan`, as worker processes would; all calls of each rank, in order."""
+    """Serve `requests` with every rank of `plan`, as worker processes would; all calls of each rank, in order.
+
+    `make_comm` is called with a rank and its groups, for generation ranks. Logits are kept in `run_dir`.
+    """
     fake, store = ThreadDist(), _Store()
     for module in (comm, engine, handoff):
         monkeypatch.setattr(module, "dist", fake)
     monkeypatch.setattr(comm, "_all_gather", fake.all_gather)
-    job = Job("", None, "cpu", requests, False, WAIT_S, 1)
+    job = Job("", None, "cpu", requests, keep_logits, WAIT_S, 1)
     errors: list[BaseException] = []
 
     def serve(index: int) -> None:
@@ -141,7 +149,8 @@ def calls_of(
         connection = Connection(cast(Any, groups), cast(Any, instance.ranks), cast(Any, store))
         silent, device = cast(Any, _Silent()), torch.device("cpu")
         with torch.inference_mode():
-            decoder = load_decoder(plan, rank, TorchComm(rank, cast(Any, groups)), device, silent)
+            own = make_comm if rank.role == "generation" else TorchComm
+            decoder = load_decoder(plan, rank, own(rank, cast(Any, groups)), device, silent)
             session = Session(job, plan, rank, instance, decoder, connection, run_dir, silent)
             if rank.role == "context":
                 serve_context(session)

@@ -62,11 +62,10 @@ def exchange(shape: AttentionShape, cp: int, arch: str) -> KernelSpec:
     return KernelSpec(name, "exchange", params, arch)
 
 
-def reduce(members: int, hidden: int, eps: float, bias: bool, dtype: Dtype, arch: str) -> KernelSpec:
+def reduce(members: int, hidden: int, eps: float, dtype: Dtype, arch: str) -> KernelSpec:
     """The sum over `members` ranks that write into each other's memory, added to the residual stream and normed."""
-    params: Params = (("members", members), ("hidden", hidden), ("eps", eps), ("bias", bias), ("dtype", dtype))
-    name = f"reduce_n{members}_d{hidden}{'_bias' if bias else ''}_{_SHORT[dtype]}"
-    return KernelSpec(name, "reduce", params, arch)
+    params: Params = (("members", members), ("hidden", hidden), ("eps", eps), ("dtype", dtype))
+    return KernelSpec(f"reduce_n{members}_d{hidden}_{_SHORT[dtype]}", "reduce", params, arch)
 
 
 def _hopper_mla(shape: AttentionShape) -> bool:

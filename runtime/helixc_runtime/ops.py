@@ -18,6 +18,13 @@ class Partial(NamedTuple):
     lse: Tensor  # [B, H] float32
 
 
+class Norm(NamedTuple):
+    """An RMSNorm of the hidden states."""
+
+    weight: Tensor  # [hidden]
+    eps: float
+
+
 @dataclass(frozen=True, slots=True)
 class LayerCache:
     """Paged KV of one layer. MLA: k is [pages, block, latent + rope] and v is None (the first latent columns of k).
@@ -103,5 +110,14 @@ class Ops(Protocol):
         """Merge N partials, o [N, B, H, P] and lse [N, B, H], weighted by exp(lse - max lse), in float32.
 
         All-empty rows give o = 0 and lse = -inf.
+        """
+        ...
+
+    def add_norm(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        """residual + x + bias [B, hidden], added in float32 and rounded once, and its norm (without one: itself).
+
+        None is zero for `residual` [B, hidden] and `bias` [hidden].
         """
         ...

@@ -12,9 +12,9 @@ from torch import Tensor
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.models.layers import rms_norm
 from helixc_runtime.models.rotary import rotate
-from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Partial, Projections
+from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Norm, Partial, Projections
 from helixc_runtime.quantize import dequantize, quantize
-from helixc_runtime.shape_checks import check_append, check_attend, check_combine
+from helixc_runtime.shape_checks import check_add_norm, check_append, check_attend, check_combine
 
 
 class TorchOps:
@@ -64,6 +64,17 @@ class TorchOps:
         parts = o.to(compute).masked_fill(empty.unsqueeze(-1), 0.0)
         merged = (weight.unsqueeze(-1) * parts).sum(dim=0) / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
         return Partial(merged.to(o.dtype), anchor + torch.log(total))
+
+    def add_norm(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        """See Ops.add_norm. Raises ValueError on a shape mismatch."""
+        check_add_norm(x, residual, bias, norm)
+        wide = x.to(_compute_dtype(x))
+        for addend in (residual, bias):
+            wide = wide if addend is None else wide + addend
+        out = wide.to(x.dtype)
+        return out, out if norm is None else rms_norm(out, norm.weight, norm.eps)
 
     def _assemble(self, new: Projections) -> tuple[Tensor, Tensor, Tensor | None]:
         """q [N, H, D], k and v (None: MLA) [N, KH, D], normed and not yet rotated."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.manifest import scale_groups
-from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaProjections, Projections
+from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaProjections, Norm, Projections
 
 
 def expect_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
@@ -72,6 +72,16 @@ def check_combine(shape: AttentionShape, o: Tensor, lse: Tensor) -> None:
     expect_shape("lse", lse, tuple(o.shape[:3]))
     if o.shape[0] == 0:
         raise ValueError("combine needs at least one partial")
+
+
+def check_add_norm(x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None) -> None:
+    """Raise ValueError unless the arguments of Ops.add_norm fit each other."""
+    expect_shape("x", x, (None, None))
+    if residual is not None:
+        expect_shape("residual", residual, tuple(x.shape))
+    for name, row in (("bias", bias), ("norm", norm and norm.weight)):
+        if row is not None:
+            expect_shape(name, row, (x.shape[1],))
 
 
 def check_cache(shape: AttentionShape, cache: LayerCache) -> None:

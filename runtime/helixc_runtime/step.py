@@ -91,6 +91,7 @@ class DecodeStep:
 
     def __call__(self, rows: Sequence[RowInput]) -> StepResult | None:
         """One step of at least one row, at distinct slots. None from all but the last stage."""
+        self.decoder.comm.check()
         size = next(size for size in self.sizes if size > max(row.slot for row in rows))
         draws = any(row.temperature > 0 for row in rows)
         self._write(rows)
@@ -125,7 +126,7 @@ class DecodeStep:
         hidden = self.decoder.decode(control[_Field.token], self.cache.layers, batch, self.rotary, self.ops)
         if not self.decoder.is_last:
             return None
-        logits = self.decoder.logits(hidden)
+        logits = self.decoder.head(hidden)
         if not draws:
             return StepResult(logits.argmax(-1), logits)
         temperature, top_p = (control[field].view(torch.float64) for field in (_Field.temperature, _Field.top_p))
