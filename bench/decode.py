@@ -1,4 +1,4 @@
-"""Whole decode steps on two GPUs, Helix against tensor parallelism: `python bench/decode.py [--only MODELS] [--out FILE]`.
+"""Whole decode steps on two GPUs, Helix against tensor parallelism: `python bench/decode.py [--only MODELS]`.
 
 Each model is planned and compiled twice, as `gen tp1 cp2` and as `gen tp2`, and run by two processes through the
 engine's own decode loop, on random weights and a KV pool of random numbers, pages in random order: nothing is
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import multiprocessing
@@ -73,7 +74,7 @@ class Study:
 LENGTHS = (8 * K, 64 * K, 256 * K, M)
 STUDIES = {
     "deepseek-v3-lite": Study(
-        "deepseek-v3-lite", None, tuple((b, n) for b in (1, 8) for n in LENGTHS if b * n < 8 * M) + ((4, M),)
+        "deepseek-v3-lite", None, (*((b, n) for b in (1, 8) for n in LENGTHS if b * n < 8 * M), (4, M))
     ),
     "deepseek-v3": Study("deepseek-v3", 5, tuple((b, n) for b in (1, 8) for n in LENGTHS)),
     "llama-3.1-70b": Study("llama-3.1-70b", 16, tuple((b, n) for b in (1, 8) for n in LENGTHS if b * n <= 2 * M)),
@@ -173,9 +174,7 @@ def planned(study: Study, layout: str, artifact: Path, on_gpu: bool) -> Plan:
         arch = replace(arch, num_layers=study.layers, moe=moe)
     arch = replace(arch, max_position=2 * M, **dict(study.overrides))
     batch, length = (max(values) for values in zip(*study.cases, strict=True))
-    generation = replace(
-        LAYOUTS[layout], max_batch_size=batch, max_seq_len=total(length), tokens_per_block=study.block
-    )
+    generation = replace(LAYOUTS[layout], max_batch_size=batch, max_seq_len=total(length), tokens_per_block=study.block)
     cp = generation.context_parallel_size
     held = [batch * local_length(total(n), study.block, cp, 0) for batch, n in fitting(study, arch, layout)]
     pool = (max(held) // study.block + 8) * study.block  # a page is reserved whole
@@ -338,7 +337,7 @@ def measure_case(
     for _ in range(STEPS):
         generation._step()
         times.append(time.perf_counter())
-    ttl = statistics.median(after - before for before, after in zip(times, times[1:], strict=False)) * 1e6
+    ttl = statistics.median(after - before for before, after in itertools.pairwise(times)) * 1e6
     captured = next((graph for (size, _), (graph, _) in generation.step._graphs.items() if size >= batch), None)
     graph = graph_us(captured.replay) if captured else ttl
     return Measured(ttl, graph, floor_bytes(plan, rank, batch, tokens))
@@ -352,7 +351,7 @@ def graph_us(replay: Callable[[], object]) -> float:
         replay()
         mark.record()
     torch.cuda.synchronize()
-    return statistics.median(before.elapsed_time(after) for before, after in zip(marks, marks[1:], strict=False)) * 1e3
+    return statistics.median(before.elapsed_time(after) for before, after in itertools.pairwise(marks)) * 1e3
 
 
 def profiled(generation: Generation, device: torch.device) -> str:
@@ -369,7 +368,9 @@ def profiled(generation: Generation, device: torch.device) -> str:
         rows.append((spent / PROFILED, event.count / PROFILED, event.key))
     rows.sort(reverse=True)
     lines = [f"{'all':>9} {sum(count for _, count, _ in rows):7.1f} {sum(us for us, _, _ in rows):9.1f} us"]
-    lines += [f"{us / count:9.2f} {count:7.1f} {us:9.1f} us  {name[:110]}" for us, count, name in rows[:MOST_KERNELS] if us]
+    lines += [
+        f"{us / count:9.2f} {count:7.1f} {us:9.1f} us  {name[:110]}" for us, count, name in rows[:MOST_KERNELS] if us
+    ]
     return "\n".join(lines)
 
 
