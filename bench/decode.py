@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ RESULTS = ROOT / "bench" / "results" / "decode.json"
 K, M = 1024, 1 << 20
 BLOCK = 64
 POOL_BYTES = 80e9  # what a rank's KV may take; a layout whose share of a case is larger does not fit
-WARM_STEPS, STEPS, REPLAYS, PROFILED = 8, 64, 32, 4
+WARM_STEPS, STEPS, REPLAYS, PROFILED = 8, 48, 24, 4
 MOST_KERNELS = 45  # of a profile
 DEADLINE_S = 240.0  # for one model
 LAYOUTS = {"tp1 cp2": role(cp=2), "tp2": role(tp=2)}
@@ -85,6 +85,20 @@ STUDIES = {
         block=4,
         overrides=(("hidden_size", 64), ("intermediate_size", 96), ("vocab_size", 100), ("num_heads", 4)),
     ),
+}
+
+
+# vLLM 0.26 on two H200s on 2026-11-22, DeepSeek-V2-Lite's dimensions, random weights: its step cadence in us, the best
+# of `-tp 2` and `-tp 2 -dcp 2` (all-to-all), each with FlashAttention-3's split cap at 32 and at 128. And the goal.
+VLLM = {
+    (1, 8 * K): (3340, 2.0),
+    (1, 64 * K): (3870, 2.0),
+    (1, 256 * K): (5250, 1.8),
+    (1, M): (7980, 1.4),
+    (8, 8 * K): (4000, None),
+    (8, 64 * K): (6530, 1.25),
+    (8, 256 * K): (12300, 1.08),
+    (4, M): (20200, 1.08),
 }
 
 
@@ -121,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["rows"].sort(key=lambda row: list(STUDIES).index(row["model"]))  # stable
         options.out.write_text(json.dumps(result, indent=1) + "\n")
         for row in rows:
-            print(json.dumps(row), flush=True)
+            print(json.dumps(row), *(f"MISSED: {flaw}" for flaw in missed(row)), flush=True)
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     return 1 if failures else 0
 
@@ -140,6 +154,7 @@ def measure(name: str, study: Study, folder: Path, on_gpu: bool, profile: bool) 
         if helix is None:
             continue
         floor_us = helix.floor_bytes / bandwidth * 1e6
+        vllm_us, _ = VLLM.get((batch, tokens), (None, None)) if name == "deepseek-v3-lite" else (None, None)
         yield {
             "model": name,
             "layers": plans[HELIX].model.arch.num_layers,
@@ -153,8 +168,27 @@ def measure(name: str, study: Study, folder: Path, on_gpu: bool, profile: bool) 
             "tp2_floor_us": plain and round(plain.floor_bytes / bandwidth * 1e6, 1),
             "host_us": round(helix.ttl - helix.graph, 1),
             "tp2_host_us": plain and round(plain.ttl - plain.graph, 1),
+            "vllm_us": vllm_us,
             "kv_capacity_ratio": round(capacity(plans[HELIX]) / capacity(plans[PLAIN]), 3),
         }
+
+
+def missed(row: dict[str, Any]) -> Iterator[str]:
+    """The goals that a row misses."""
+    model, batch, tokens = row["model"], row["batch"], row["tokens"]
+    least = {
+        "deepseek-v3-lite": {(1, 8 * K): 1.0, (8, 8 * K): 1.0, (1, M): 1.7, (8, 256 * K): 1.7}.get((batch, tokens)),
+        "deepseek-v3": 1.2 if tokens == M else None,
+        "llama-3.1-70b": 0.97,
+    }.get(model)
+    if least and row["ratio"] and row["ratio"] < least:
+        yield f"{row['ratio']} of tp2, goal {least}"
+    if model == "deepseek-v3-lite" and tokens >= 256 * K and row["floor_share"] < 0.7:
+        yield f"{row['floor_share']:.0%} of the floor, goal 70%"
+    if row["vllm_us"] and (goal := VLLM[batch, tokens][1]) and row["vllm_us"] / row["ttl_us"] < goal:
+        yield f"{row['vllm_us'] / row['ttl_us']:.2f} of vLLM, goal {goal}"
+    if row["host_us"] > 0.03 * row["ttl_us"]:
+        yield f"{row['host_us'] / row['ttl_us']:.1%} host time, goal 3%"
 
 
 def of_case(cases: list[dict[str, Any]], batch: int, tokens: int) -> Measured | None:
@@ -191,8 +225,8 @@ def planned(study: Study, layout: str, artifact: Path, on_gpu: bool) -> Plan:
 
 
 def total(tokens: int) -> int:
-    """What a row reserves pages for: the tokens it starts with, and those of all steps that are run."""
-    return tokens + WARM_STEPS + STEPS + REPLAYS + 2 * PROFILED + 8
+    """The tokens that a row starts with, and those of all steps and replays."""
+    return tokens + 1 + WARM_STEPS + STEPS + PROFILED + REPLAYS
 
 
 def fitting(study: Study, arch: ModelArch, layout: str) -> list[tuple[int, int]]:
@@ -286,7 +320,7 @@ def run_layout(
     plan, own, instance = artifact.plan, artifact.plan.ranks[rank], artifact.plan.instances[0]
     cases = fitting(study, plan.model.arch, directory.name)
     requests = [
-        Request(index, (0,) * tokens, total(tokens) - tokens, 0.0, 1.0, 0, True)
+        Request(index, (0,) * tokens, 1 + WARM_STEPS + STEPS + PROFILED, 0.0, 1.0, 0, True)
         for index, (batch, tokens) in enumerate((batch, tokens) for batch, tokens in cases for _ in range(batch))
     ]
     job = Job(str(directory), None, "cuda" if device.type == "cuda" else "cpu", tuple(requests), False, 60.0, 1)
@@ -299,27 +333,29 @@ def run_layout(
         cache = KvCache(plan.model, own, study.block, instance.max_batch_size, width, device)
         for pool in (pool for layer in cache.layers for pool in (layer.k, layer.v) if pool is not None):
             pool.normal_()
-        scheduler = Scheduler(plan, instance, [], cache.free_pages)
-        generation = Generation(session, make_ops(artifact, own, device, emit), cache, scheduler)
+        generation = Generation(
+            session, make_ops(artifact, own, device, emit), cache, Scheduler(plan, instance, requests, cache.free_pages)
+        )
         generation.step.capture(sampled=False)
         say(rank, f"{directory.name}: ready after {time.monotonic() - start:.1f} s")
-        waiting = iter(requests)
         for batch, tokens in cases:
-            rows = [new_row(next(waiting), slot, 1 + slot) for slot in range(batch)]
-            for row in rows:
+            for slot in range(batch):
+                request = generation.scheduler.waiting[0]
+                generation.scheduler.admit(request)
+                row = new_row(request, slot, first_token=slot)
                 cache.reserve(row)
-            pages = torch.randperm(cache.layers[0].k.shape[0], device=device)
-            width = len(pages) // batch
-            cache.table[:batch, :width] = pages[: batch * width].view(batch, width)[:, : cache.table.shape[1]].int()
-            generation.rows = rows
-            measured = measure_case(generation, plan, own, batch, tokens, device)
-            say(rank, f"{directory.name}: {batch} x {tokens}: {measured}")
-            yield {"batch": batch, "tokens": tokens, "measured": vars(measured)}
-            if profile:
-                kernels = profiled(generation, device)
-                say(rank, f"{directory.name}: {batch} x {tokens}: a step's kernels\n{kernels}")
-            for row in rows:
-                cache.release(row)
+                generation.join(row)
+            shuffle_pages(cache, batch)
+            measured, kernels = measure_case(generation, floor_bytes(plan, own, batch, tokens), profile)
+            say(rank, f"{directory.name}: {batch} x {tokens}: {measured}{kernels}")
+            yield {"batch": batch, "tokens": tokens, "measured": asdict(measured)}
+
+
+def shuffle_pages(cache: KvCache, batch: int) -> None:
+    """Let the rows have random pages of the whole pool, in random order."""
+    pages = torch.randperm(len(cache.layers[0].k), device=cache.device, dtype=torch.int32)
+    width = min(len(pages) // batch, cache.table.shape[1])
+    cache.table[:batch, :width] = pages[: batch * width].view(batch, width)
 
 
 def say(rank: int, text: str) -> None:
@@ -327,20 +363,20 @@ def say(rank: int, text: str) -> None:
         print(text, flush=True)
 
 
-def measure_case(
-    generation: Generation, plan: Plan, rank: Rank, batch: int, tokens: int, device: torch.device
-) -> Measured:
-    """Steady state of the rows that `generation` has."""
+def measure_case(generation: Generation, read: float, profile: bool) -> tuple[Measured, str]:
+    """Time the rows that `generation` has, until they end; `read`: see floor_bytes. And the profile, if wanted."""
     for _ in range(WARM_STEPS):
-        generation._step()
+        generation.advance()
     times = [time.perf_counter()]
     for _ in range(STEPS):
-        generation._step()
+        generation.advance()
         times.append(time.perf_counter())
     ttl = statistics.median(after - before for before, after in itertools.pairwise(times)) * 1e6
-    captured = next((graph for (size, _), (graph, _) in generation.step._graphs.items() if size >= batch), None)
-    graph = graph_us(captured.replay) if captured else ttl
-    return Measured(ttl, graph, floor_bytes(plan, rank, batch, tokens))
+    kernels = profiled(generation) if profile else ""
+    while generation.rows:
+        generation.advance()
+    captured = generation.step._graphs.get((generation.step._size, False))
+    return Measured(ttl, graph_us(captured[0].replay) if captured else ttl, read), kernels
 
 
 def graph_us(replay: Callable[[], object]) -> float:
@@ -354,20 +390,21 @@ def graph_us(replay: Callable[[], object]) -> float:
     return statistics.median(before.elapsed_time(after) for before, after in itertools.pairwise(marks)) * 1e3
 
 
-def profiled(generation: Generation, device: torch.device) -> str:
-    """A line a kernel: its launches a step, its microseconds a step and a launch."""
-    activity = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else torch.profiler.ProfilerActivity.CPU
+def profiled(generation: Generation) -> str:
+    """A line a kernel: its microseconds a launch, its launches and microseconds a step."""
+    on_gpu = generation.step.decoder.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity], acc_events=True) as profiler:
         for _ in range(PROFILED):
-            generation._step()
-        if device.type == "cuda":
+            generation.advance()
+        if on_gpu:
             torch.cuda.synchronize()
     rows = []
     for event in profiler.key_averages():
-        spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         rows.append((spent / PROFILED, event.count / PROFILED, event.key))
     rows.sort(reverse=True)
-    lines = [f"{'all':>9} {sum(count for _, count, _ in rows):7.1f} {sum(us for us, _, _ in rows):9.1f} us"]
+    lines = ["", f"{'all':>9} {sum(count for _, count, _ in rows):7.1f} {sum(us for us, _, _ in rows):9.1f} us"]
     lines += [
         f"{us / count:9.2f} {count:7.1f} {us:9.1f} us  {name[:110]}" for us, count, name in rows[:MOST_KERNELS] if us
     ]
