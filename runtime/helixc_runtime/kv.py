@@ -19,17 +19,28 @@ from helixc_runtime.quantize import unpack
 
 @dataclass(slots=True)
 class Row:
-    """A request being decoded. The last token of `tokens` is not cached yet: it is the next step's input."""
+    """A request being decoded. The last of all tokens is not cached yet: it is the next step's input.
+
+    Steps are launched before the tokens of the one before are read: `steps` counts what was launched, `tokens` holds
+    what was read.
+    """
 
     index: int
     slot: int  # its place in the batch
     prompt_length: int
     max_tokens: int
     tokens: list[int] = field(default_factory=list)  # generated
+    steps: int = 0
+    ended: bool = False  # the last of `tokens` is the last of the request
 
     @property
     def position(self) -> int:
-        """Global position of the next input token: L, L + 1, L + 2, ..."""
+        """Global position of the next step's input: L, L + 1, L + 2, ..."""
+        return self.prompt_length + self.steps
+
+    @property
+    def cached(self) -> int:
+        """Tokens whose K and V are the request's: all but the last one generated."""
         return self.prompt_length + len(self.tokens) - 1
 
 
@@ -89,7 +100,7 @@ class KvCache:
 
     def stored(self, row: Row) -> int:
         """Tokens of the request cached on this rank."""
-        return local_length(row.position, self.block, self.cp, self.cp_rank)
+        return local_length(row.cached, self.block, self.cp, self.cp_rank)
 
     def write_prompt(self, row: Row, layer: int, heads: slice, kv: Tensor) -> None:
         """Store the first n local tokens of one local layer.
