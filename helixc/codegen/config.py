@@ -36,6 +36,7 @@ class KernelConfig:
     dynamic_shared: int | None = None  # bytes of shared memory that the launch gives
     lanes: int | None = None  # of a warp that share one vector of columns
     columns: int | None = None  # of a vector that a lane moves at a time
+    batch: int | None = None  # parts that a thread has on their way at once
 
     @property
     def params(self) -> dict[str, Param]:
@@ -67,6 +68,8 @@ def configure(spec: KernelSpec) -> KernelConfig:
             return KernelConfig(spec, threads=32, token_tile=_gqa_tile(spec))
         case "gqa_partial":
             return _gqa_partial(spec)
+        case "combine" | "merge":
+            return _combine(spec)
         case "exchange":
             return KernelConfig(spec, threads=_EXCHANGE_THREADS)
         case "reduce":
@@ -95,6 +98,15 @@ def _append(spec: KernelSpec) -> KernelConfig:
     columns = math.gcd(_VECTOR_BYTES // itemsize, plain, run)
     loads = max(plain, run) // columns
     return KernelConfig(spec, _THREADS, lanes=min(_WARP, 1 << (loads - 1).bit_length()), columns=columns)
+
+
+def _combine(spec: KernelSpec) -> KernelConfig:
+    """The widest loads that part no row, and all parts at once as far as registers go. A merge's parts are float32."""
+    params = dict(spec.params)
+    itemsize = DTYPE_BYTES[str(params["dtype"])] if spec.template == "combine" else 4
+    batch = _even_tile(int(params["cp"]), 16) if spec.template == "combine" else 8
+    columns = math.gcd(_VECTOR_BYTES // itemsize, int(params["partial_dim"]))
+    return KernelConfig(spec, _THREADS, columns=columns, batch=batch)
 
 
 def _mla_cluster(spec: KernelSpec) -> int:
@@ -154,7 +166,7 @@ def _check_head_dim(spec: KernelSpec) -> None:
 
 
 def _even_tile(group: int, most: int) -> int:
-    """Heads a tile, at most `most`, that cut `group` heads into the fewest tiles of nearly equal size."""
+    """Of a tile, at most `most`: cuts `group` heads, or parts, into the fewest tiles of nearly equal size."""
     tiles = -(-group // most)
     return -(-group // tiles)
 
