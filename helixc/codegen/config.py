@@ -131,7 +131,7 @@ def _gqa_partial(spec: KernelSpec) -> KernelConfig:
     """Four warps that compute and one that copies; 128 KiB of K and V in flight."""
     params = dict(spec.params)
     dim, tile = int(params["head_dim"]), _gqa_tile(spec)
-    queries = int(params["heads"]) // int(params["kv_heads"]) * int(params["query_tokens"])
+    queries = int(params["share_heads"]) * int(params["share_tokens"])
     fp8 = params["kv_dtype"] == "float8_e4m3fn"
     columns, token_bytes = 8 if queries <= 8 else 16, dim if fp8 else 2 * dim
     stages = 512 // dim

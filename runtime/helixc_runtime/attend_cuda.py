@@ -28,7 +28,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "gqa_schedule": ("pointer",) * 3 + ("int32", "int32"),
     "gqa_partial": ("map",) * 2 + ("pointer",) * 8 + ("int32", "int32", "pointer", "pointer"),
 }
-# Launched before their predecessor has ended (programmatic dependent launch). Hopper's partials, until they wait for it,
+# Launched before their predecessor has ended (programmatic dependent launch). Until Hopper's partials wait for it, they
 # read what is older: the schedule, the page table and all but the newest tokens. So another kernel must lie in between.
 # The others wait first: only the launch itself is early.
 EARLY = frozenset({"append", "mla_partial", "mla_fp8_partial", "mla_merge", "gqa_partial", "merge", "combine"})
@@ -185,18 +185,24 @@ class HopperMlaFp8(HopperMla):
 
 
 class HopperGqa:
-    """templates/kernels/gqa_*: one thread block a multiprocessor, merging within the launch."""
+    """templates/kernels/gqa_*: one thread block a multiprocessor, merging within the launch.
+
+    Neighbouring blocks, a worker, read the same tokens for one share of their queries each.
+    """
 
     SCHEDULE_WORDS = 64
 
     def __init__(self, shape: AttentionShape, chosen: Chosen, processors: int, device: torch.device) -> None:
         kernel, self.partial = chosen["gqa_partial"]
         self.schedule = chosen["gqa_schedule"][1]
-        self.shape, self.blocks = shape, processors
-        self.tile = int(kernel.params["token_tile"])
-        self.plan = torch.zeros(self.blocks, self.SCHEDULE_WORDS, dtype=torch.int32, device=device)
+        self.shape, self.tile = shape, int(kernel.params["token_tile"])
+        queries = int(kernel.params["share_heads"]) * int(kernel.params["share_tokens"])
+        shares = shape.group * shape.query_tokens // queries
+        self.workers = max(1, processors // shares)
+        self.blocks = self.workers * shares
+        self.plan = torch.zeros(self.workers, self.SCHEDULE_WORDS, dtype=torch.int32, device=device)
         # Parts to merge; the kernel leaves them as it found them, full of -0.0.
-        size = (2 * self.blocks, shape.group * shape.query_tokens)
+        size = (2 * self.blocks, queries)
         self.part_o = torch.full((*size, shape.head_dim), -0.0, device=device)
         self.part_lse = torch.full((*size, shape.head_dim // 4), -0.0, device=device)
         self.maps = TensorMaps()
@@ -205,7 +211,7 @@ class HopperGqa:
     def begin_step(self, batch: DecodeBatch) -> None:
         rows, max_pages = batch.page_table.shape
         pointers = (self.plan, batch.lengths, batch.page_table)
-        self.schedule.launch((self.blocks, 1, 1), *map(address, pointers), rows, max_pages)
+        self.schedule.launch((self.workers, 1, 1), *map(address, pointers), rows, max_pages)
         self.marker.add_(1)  # see EARLY
 
     def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> None:
