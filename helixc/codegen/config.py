@@ -128,7 +128,7 @@ def _mla_fp8_partial(spec: KernelSpec) -> KernelConfig:
 
 
 def _gqa_partial(spec: KernelSpec) -> KernelConfig:
-    """Warps that compute, 16 tokens of a tile each, and one that copies; 128 KiB of K and V in flight."""
+    """Four warps that compute and one that copies; 128 KiB of K and V in flight."""
     params = dict(spec.params)
     dim, tile = int(params["head_dim"]), _gqa_tile(spec)
     queries = int(params["share_heads"]) * int(params["share_tokens"])
@@ -136,11 +136,9 @@ def _gqa_partial(spec: KernelSpec) -> KernelConfig:
     columns, token_bytes = 8 if queries <= 8 else 16, dim if fp8 else 2 * dim
     stages = 512 // dim
     stage = 2 * tile * token_bytes + 16 + (2 * tile if fp8 else 0)
-    warps = 8 if fp8 else 4
-    used = stages * stage + 2 * warps * columns * 4 + 64 + 3072 + 16  # GqaShared, gqa_tile.cuh
+    used = stages * stage + 2 * 4 * columns * 4 + 64 + 3072 + 16  # GqaShared, gqa_tile.cuh
     shared = -(-used // 1024) * 1024
-    threads = (warps + 1) * _WARP
-    return KernelConfig(spec, threads, token_tile=tile, stages=stages, overlap="old_tokens", dynamic_shared=shared)
+    return KernelConfig(spec, threads=160, token_tile=tile, stages=stages, overlap="old_tokens", dynamic_shared=shared)
 
 
 def _gqa_tile(spec: KernelSpec) -> int:

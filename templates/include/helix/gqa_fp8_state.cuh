@@ -1,4 +1,4 @@
-// GQA partial of an FP8 cache: what one computing warp does with 16 tokens of a tile in shared memory (gqa_partial.cuh).
+// GQA partial of an FP8 cache: what one computing warp does with 32 tokens of a tile in shared memory (gqa_partial.cuh).
 //
 // e4m3 becomes float16, exactly and two elements an instruction, in the registers of the products' fragments:
 //   K: a lane's four bytes of an ldmatrix row are four neighbouring dims of one token. The order of the dims in a sum is
@@ -22,9 +22,9 @@ namespace helix {
 // As GqaState; the rows of o stand for dims 2 * (lane / 4) and that + 1 of each 16.
 template <class C> struct GqaFp8State {
   using Tile = GqaTile<C>;
-  static constexpr int eights = Tile::columns / 8, steps = C::head_dim / 16;
+  static constexpr int eights = Tile::columns / 8, steps = C::head_dim / 16, halves = Tile::warp_tokens / 16;
   static constexpr int chains = 3 - eights;       // independent sums of a score: products to overlap
-  static constexpr int lane_tokens = 2;           // lane / 4 + {0, 8}
+  static constexpr int lane_tokens = halves * 2;  // lane / 4 + 8 * (0 .. lane_tokens - 1)
   static constexpr int pieces = Tile::token_bytes / 16;
   static constexpr float weight_bits = 15.0f;  // of the largest weight times V scale
   float o[steps][eights][4];
@@ -67,29 +67,38 @@ template <class C> struct GqaFp8State {
     }
   }
 
-  // 16 tokens whose K and V begin at shared addresses k and v, and their scales; those from `valid` on do not count.
+  // 32 tokens whose K and V begin at shared addresses k and v, and their scales; those from `valid` on do not count.
   HELIX_DEVICE void attend(u32 k, u32 v, const u8* scales, int valid, int lane) {
     // ldmatrix rows: tokens lane % 16, K's as stored and V's transposed.
     const u32 row = row_of(lane % 16), piece = piece_of(lane % 16, lane / 16);
-    float s[eights][chains][4] = {};
+    float s[halves][eights][chains][4] = {};
 #pragma unroll
-    for (int pair = 0; pair < steps / 2; ++pair) {
-      const FragmentA raw = load_matrices(k + row + (piece ^ (pair * 32)));
+    for (int pair = 0; pair < steps / 2; ++pair)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const FragmentA a = {{e4m3_low_to_float16(raw.x[2 * i]), e4m3_low_to_float16(raw.x[2 * i + 1]),
-                              e4m3_high_to_float16(raw.x[2 * i]), e4m3_high_to_float16(raw.x[2 * i + 1])}};
+      for (int half = 0; half < halves; ++half) {
+        const FragmentA raw = load_matrices(k + row + half * (16 * Tile::token_bytes) + (piece ^ (pair * 32)));
 #pragma unroll
-        for (int n = 0; n < eights; ++n) multiply_add_float16(s[n][i % chains], a, q[2 * pair + i][n]);
+        for (int i = 0; i < 2; ++i) {
+          const FragmentA a = {{e4m3_low_to_float16(raw.x[2 * i]), e4m3_low_to_float16(raw.x[2 * i + 1]),
+                                e4m3_high_to_float16(raw.x[2 * i]), e4m3_high_to_float16(raw.x[2 * i + 1])}};
+#pragma unroll
+          for (int n = 0; n < eights; ++n) multiply_add_float16(s[half][n][i % chains], a, q[2 * pair + i][n]);
+        }
       }
-    }
+    FragmentA values[halves][steps / 2];  // fetched before the weights are known
+#pragma unroll
+    for (int half = 0; half < halves; ++half)
+#pragma unroll
+      for (int pair = 0; pair < steps / 2; ++pair)
+        values[half][pair] =
+            load_matrices_transposed(v + row + half * (16 * Tile::token_bytes) + (piece ^ (pair * 32)));
     float k_scale[lane_tokens], v_scale[lane_tokens];  // V's in units of log2, plus 127
 #pragma unroll
     for (int i = 0; i < lane_tokens; ++i) {
       const u8* at = scales + lane / 4 + i * 8;
       k_scale[i] = scale_to_float(at[0]), v_scale[i] = float(at[C::tile]);
     }
-    FragmentB p[eights];
+    FragmentB p[halves][eights];
 #pragma unroll
     for (int n = 0; n < eights; ++n) {
       float scores[lane_tokens][2];
@@ -97,28 +106,30 @@ template <class C> struct GqaFp8State {
       for (int i = 0; i < lane_tokens; ++i)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const float(&dots)[chains][4] = s[n];
-          const int at = i * 2 + j;
+          const float(&dots)[chains][4] = s[i / 2][n];
+          const int at = i % 2 * 2 + j;
           const float dot = chains == 2 ? dots[0][at] + dots[chains - 1][at] : dots[0][at];
           const bool admitted = bounds.admit(n, j, lane / 4 + i * 8, valid);
           scores[i][j] = admitted ? dot * (k_scale[i] * scale[n][j]) : minus_infinity();
         }
       weigh(scores, v_scale, n);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) p[n].x[i] = transpose(pack_float16(scores[i][0], scores[i][1]));
+      for (int half = 0; half < halves; ++half)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          p[half][n].x[i] = transpose(pack_float16(scores[2 * half + i][0], scores[2 * half + i][1]));
     }
 #pragma unroll
-    for (int pair = 0; pair < steps / 2; ++pair) {
-      const FragmentA raw = load_matrices_transposed(v + row + (piece ^ (pair * 32)));
+    for (int half = 0; half < halves; ++half)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const u32 low = swap_middle_bytes(raw.x[2 * i]), high = swap_middle_bytes(raw.x[2 * i + 1]);
+      for (int step = 0; step < steps; ++step) {
+        const u32 low = swap_middle_bytes(values[half][step / 2].x[step % 2 * 2]);
+        const u32 high = swap_middle_bytes(values[half][step / 2].x[step % 2 * 2 + 1]);
         const FragmentA a = {{e4m3_low_to_float16(low), e4m3_high_to_float16(low), e4m3_low_to_float16(high),
                               e4m3_high_to_float16(high)}};
 #pragma unroll
-        for (int n = 0; n < eights; ++n) multiply_add_float16(o[2 * pair + i][n], a, p[n]);
+        for (int n = 0; n < eights; ++n) multiply_add_float16(o[step][n], a, p[half][n]);
       }
-    }
   }
 
   // Scores to weights times V scale, rescaling what came before if a largest grew.
@@ -154,7 +165,7 @@ template <class C> struct GqaFp8State {
     largest[n][0] = most[0], largest[n][1] = most[1];
   }
 
-  // To shared memory, for the reduction over the warps: those beyond the reducers hand theirs to one each.
+  // To shared memory, for the reduction over the warps.
   HELIX_DEVICE void store(GqaShared<C>& shared, u32 stage, int warp, int lane) {
 #pragma unroll
     for (int n = 0; n < eights; ++n)
@@ -170,68 +181,12 @@ template <class C> struct GqaFp8State {
         for (int distance = 4; distance < kWarp; distance *= 2) total += __shfl_xor_sync(0xffffffffu, total, distance);
         const float gain = exp2_approximate(largest[n][i] - most - (weight_bits + 127.0f));
 #pragma unroll
-        for (int step = 0; step < steps; ++step) o[step][n][i] *= gain, o[step][n][i + 2] *= gain;
-        lane_largest[n][i] = most, sum[n][i] = total;
+        for (int step = 0; step < steps; ++step) {
+          const float2 pair = {o[step][n][i] * gain, o[step][n][i + 2] * gain};
+          *reinterpret_cast<float2*>(shared.o(stage, warp, column, step * 16 + lane / 4 * 2)) = pair;
+        }
+        if (lane < 4) shared.largest[column][warp] = most, shared.sum[column][warp] = total;
       }
-    if (warp >= Tile::reducers) hand_over(shared, stage, warp - Tile::reducers, lane);
-    meet_computing<C>();
-    if (warp >= Tile::reducers) return;
-    take_over(shared, stage, warp, lane);
-#pragma unroll
-    for (int n = 0; n < eights; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int column = n * 8 + lane % 4 * 2 + i;
-#pragma unroll
-        for (int step = 0; step < steps; ++step)
-          *reinterpret_cast<float2*>(shared.o(stage, warp, column, step * 16 + lane / 4 * 2)) =
-              float2{o[step][n][i], o[step][n][i + 2]};
-        if (lane < 4) shared.largest[column][warp] = lane_largest[n][i], shared.sum[column][warp] = sum[n][i];
-      }
-  }
-
-  // This lane's words in a reducer's part of the stage, where only it and its partner write.
-  HELIX_DEVICE static float4* words_of(GqaShared<C>& shared, u32 stage, int reducer, int lane) {
-    return reinterpret_cast<float4*>(shared.o(stage, reducer, 0, 0)) + lane;
-  }
-  HELIX_DEVICE void hand_over(GqaShared<C>& shared, u32 stage, int reducer, int lane) const {
-    float4* to = words_of(shared, stage, reducer, lane);
-#pragma unroll
-    for (int n = 0; n < eights; ++n) {
-#pragma unroll
-      for (int step = 0; step < steps; ++step) {
-        const float(&x)[4] = o[step][n];
-        to[(n * steps + step) * kWarp] = {x[0], x[1], x[2], x[3]};
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int column = n * 8 + lane % 4 * 2 + i;
-        if (lane < 4) shared.handed.largest[column][reducer] = lane_largest[n][i];
-        if (lane < 4) shared.handed.sum[column][reducer] = sum[n][i];
-      }
-    }
-  }
-  HELIX_DEVICE void take_over(GqaShared<C>& shared, u32 stage, int reducer, int lane) {
-    const float4* from = words_of(shared, stage, reducer, lane);
-#pragma unroll
-    for (int n = 0; n < eights; ++n) {
-      float mine[2], other[2];  // weights
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int column = n * 8 + lane % 4 * 2 + i;
-        const float of_other = shared.handed.largest[column][reducer], most = fmaxf(lane_largest[n][i], of_other);
-        mine[i] = exp2_approximate(lane_largest[n][i] - most), other[i] = exp2_approximate(of_other - most);
-        lane_largest[n][i] = most, sum[n][i] = sum[n][i] * mine[i] + shared.handed.sum[column][reducer] * other[i];
-      }
-#pragma unroll
-      for (int step = 0; step < steps; ++step) {
-        const float4 x = from[(n * steps + step) * kWarp];
-        const float words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) o[step][n][i] = o[step][n][i] * mine[i % 2] + words[i] * other[i % 2];
-      }
-    }
-    __syncwarp();  // all lanes have read
   }
 
   // V of what holds no token becomes zero: 0 * NaN is NaN.

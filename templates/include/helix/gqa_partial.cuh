@@ -6,8 +6,8 @@
 //       -inf)
 //
 // One thread block an SM takes an even share of all tiles, of 64 tokens in bf16 and 128 in FP8 (gqa_schedule.cuh). Its
-// last warp copies K and V tiles ahead through a ring of stages; each of its other warps, four or in FP8 eight, takes 16
-// tokens of every tile, with its own softmax state: no warp waits for another until a unit ends. Tokens are the rows of the products,
+// last warp copies K and V tiles ahead through a ring of stages; each of its four other warps takes a quarter of every
+// tile, with its own softmax state: no warp waits for another until a unit ends. Tokens are the rows of the products,
 // S^T = K Q^T and O^T += V^T P^T, so that the 1 to 16 queries of a KV head, heads of each query token, fill 8 or 16
 // columns and K and V come straight from shared memory (gqa_state.cuh, gqa_fp8_state.cuh). More queries are cut into
 // shares: the blocks of neighbouring numbers take one each, of the same tokens at about the same time, of which memory
@@ -82,11 +82,11 @@ HELIX_DEVICE void finish_unit(GqaShared<C>& shared, const GqaArguments& args, co
     const int i = round * Tile::threads + thread;
     if (items % Tile::threads != 0 && i >= items) break;
     const int column = i / vectors, dim = i % vectors * 4;
-    float4 os[Tile::reducers];
+    float4 os[Tile::warps];
 #pragma unroll
-    for (int warp = 0; warp < Tile::reducers; ++warp)
+    for (int warp = 0; warp < Tile::warps; ++warp)
       os[warp] = *reinterpret_cast<const float4*>(shared.o(stage, warp, column, dim));
-    const Merge merge = Merge::of<Tile::reducers>(os, shared.largest[column], shared.sum[column]);
+    const Merge merge = Merge::of<Tile::warps>(os, shared.largest[column], shared.sum[column]);
     if (whole) {
       const i64 query = first_group<C>(at.row, at.kv_head) * C::group + query_offset<C>(column);
       merge.template write_result<C>(args.o + query * C::head_dim + dim, dim == 0 ? args.lse + query : nullptr);
@@ -126,12 +126,10 @@ HELIX_DEVICE void attend_share(GqaShared<C>& shared, const GqaArguments& args, G
       if (++stage == C::stages) stage = 0, phase ^= 1;
     }
     const bool whole = at.tile == 0 && last == at.tiles;
-    meet_computing<C>();  // no warp reads the last stage any more
+    named_barrier_diverged<1, Tile::threads>();  // no warp reads the last stage any more
     state.store(shared, stage, warp, lane);
-    if (Tile::warps == Tile::reducers || warp < Tile::reducers) {
-      named_barrier_diverged<1, Tile::threads>();
-      finish_unit<C>(shared, args, at, stage, whole, slot, int(threadIdx.x));
-    }
+    named_barrier_diverged<1, Tile::threads>();
+    finish_unit<C>(shared, args, at, stage, whole, slot, int(threadIdx.x));
     fence_async_proxy();
     __syncwarp();
     if (lane == 0) barrier_arrive(&shared.empty[stage]);
@@ -181,7 +179,6 @@ HELIX_DEVICE void gqa_partial(const TensorMap* k_map, const TensorMap* v_map, co
   if constexpr (C::overlap != Overlap::nothing) wait_for_previous_kernels();
   let_next_kernel_start();
   if (at.left > 0) attend_share<C>(shared, args, at, warp, lane);
-  if (Tile::warps > Tile::reducers && warp >= Tile::reducers) return;
   for (int i = 0; i < 2; ++i) {
     const MergePlan& mine = shared.merge[i];
     if (mine.count > 1)

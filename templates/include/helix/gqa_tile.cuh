@@ -23,10 +23,9 @@ template <class C> struct GqaTile {
   static constexpr int plane_bytes = page_rows * 128;  // 64 columns of a box in bf16: one swizzled plane
   static constexpr int box_bytes = page_rows * token_bytes;
   static constexpr int matrix_bytes = C::tile * token_bytes;
-  static constexpr int warps = C::fp8 ? 8 : 4;  // that compute
+  static constexpr int warps = 4;  // that compute
   static constexpr int warp_tokens = C::tile / warps;
-  static constexpr int reducers = 4;  // the first of them: they reduce, and write
-  static constexpr int threads = reducers * kWarp;
+  static constexpr int threads = warps * kWarp;
 
   // Where a matrix of a stage has the first of a warp's tokens.
   HELIX_DEVICE static int offset_of(int warp) {
@@ -46,23 +45,16 @@ template <class C> struct GqaScales<C, true> {
   HELIX_DEVICE const u8* at(u32 stage, int warp) const { return of[stage][0] + warp * GqaTile<C>::warp_tokens; }
 };
 
-// What the warps beyond the reducers hand to them, besides o.
-template <class C, bool = (GqaTile<C>::warps > GqaTile<C>::reducers)> struct GqaHanded {};
-template <class C> struct GqaHanded<C, true> {
-  float largest[GqaTile<C>::columns][GqaTile<C>::reducers], sum[GqaTile<C>::columns][GqaTile<C>::reducers];
-};
-
 template <class C> struct GqaShared {
   using Tile = GqaTile<C>;
   alignas(1024) u8 stage[C::stages][2][Tile::matrix_bytes];  // K, V
-  float largest[Tile::columns][Tile::reducers], sum[Tile::columns][Tile::reducers];
+  float largest[Tile::columns][Tile::warps], sum[Tile::columns][Tile::warps];
   MergePlan merge[2];
   MergeShared<Tile::threads> merge_space;
   u64 full[C::stages], empty[C::stages];
   GqaScales<C> scales;
-  GqaHanded<C> handed;
 
-  static_assert(Tile::reducers * Tile::columns * C::head_dim * 4 <= 2 * Tile::matrix_bytes, "a stage holds all o");
+  static_assert(Tile::warps * Tile::columns * C::head_dim * 4 <= 2 * Tile::matrix_bytes, "a stage holds all o");
   // Where a stage keeps o[dim .. dim + 3] of a warp's column, `dim` a multiple of 4 or else one float. The swap of
   // eights spreads the columns, which lanes write side by side, over the banks.
   HELIX_DEVICE float* o(u32 in_stage, int warp, int column, int dim) {
@@ -70,12 +62,6 @@ template <class C> struct GqaShared {
     return all + (warp * Tile::columns + column) * C::head_dim + (dim ^ column / 2 % 4 * 8);
   }
 };
-
-// All computing warps wait for each other.
-template <class C> HELIX_DEVICE void meet_computing() {
-  using Tile = GqaTile<C>;
-  named_barrier_diverged<Tile::warps == Tile::reducers ? 1 : 2, Tile::warps * kWarp>();
-}
 
 struct GqaArguments {
   bfloat16* o;
