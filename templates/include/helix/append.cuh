@@ -13,6 +13,7 @@
 // Roofline: memory, N * (2 * H + KV * KH) * D elements moved, KV = 2 for MLA and 4 for GQA, no reuse.
 #pragma once
 #include "helix/quantize.cuh"
+#include "helix/sm90.cuh"
 #include "helix/warp.cuh"
 
 namespace helix {
@@ -222,6 +223,8 @@ template <class C> HELIX_DEVICE void append(const AppendArguments<C>& a) {
   const int lane = threadIdx.x % C::lanes, place = int(threadIdx.x) % kWarp / C::lanes;
   const int warp = int(blockIdx.x) * (C::threads / kWarp) + int(threadIdx.x) / kWarp;
   const int keys = (a.rows * C::kv_heads + vectors - 1) / vectors, stored = C::mla ? keys : 2 * keys;  // warps
+  wait_for_previous_kernels();
+  let_next_kernel_start();
   if (warp < keys) {
     append_key<C>(a, warp * vectors + place, lane);
   } else if (warp < stored) {

@@ -60,4 +60,22 @@ template <int count> HELIX_DEVICE void store_words(unsigned* to, const unsigned*
   }
 }
 
+// From global memory, aligned as for store_words. The compilers leave these loads before all that uses any of them,
+// where they would spread others out to save registers.
+template <int count> HELIX_DEVICE void load_words(unsigned* to, const unsigned* from) {
+  static_assert(count == 1 || count == 2 || count % 4 == 0, "no load has so many words");
+  if constexpr (count == 1) {
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(*to) : "l"(from) : "memory");
+  } else if constexpr (count == 2) {
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from) : "memory");
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; i += 4)
+      asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(to[i]), "=r"(to[i + 1]), "=r"(to[i + 2]), "=r"(to[i + 3])
+                   : "l"(from + i)
+                   : "memory");
+  }
+}
+
 }  // namespace helix

@@ -38,6 +38,11 @@ HELIX_DEVICE u32 bits_of(bfloat16 x) { return x.bits; }
 HELIX_DEVICE u32 bits_of(float16 x) { return x.bits; }
 HELIX_DEVICE u32 bits_of(float8_e4m3fn x) { return x.bits; }
 
+// Of the low bits.
+HELIX_DEVICE void from_bits(float& x, u32 bits) { x = __int_as_float(int(bits)); }
+HELIX_DEVICE void from_bits(bfloat16& x, u32 bits) { x.bits = u16(bits); }
+HELIX_DEVICE void from_bits(float16& x, u32 bits) { x.bits = u16(bits); }
+
 // Round to nearest even.
 template <class T> HELIX_DEVICE T from_float(float x);
 template <> HELIX_DEVICE float from_float<float>(float x) { return x; }

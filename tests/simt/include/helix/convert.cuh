@@ -63,4 +63,11 @@ template <int count> inline void store_words(unsigned* to, const unsigned* from)
   std::memcpy(to, from, sizeof(unsigned) * count);
 }
 
+template <int count> inline void load_words(unsigned* to, const unsigned* from) {
+  const unsigned long alignment = 4 * (count < 4 ? count : 4);
+  if ((unsigned long)from % alignment)
+    simt::fail("a load of %d words from an address that is not a multiple of %lu", count, alignment);
+  std::memcpy(to, from, sizeof(unsigned) * count);
+}
+
 }  // namespace helix
