@@ -84,20 +84,20 @@ template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u
       if (valid < kTileTokens) mla_fp8_clear_tail(base + M8::tile(stage.index), side, valid);
       const MatrixOperand p(base + M8::p, 16, 1024);
       const u32 values = base + M8::tile(stage.index) + mine;
-      FragmentA v[2][2], words = load_matrices_transposed(values);
+      const auto load = [&](int batch) {
+        return load_matrices_transposed((values + batch % 2 * (M8::kLatent / 2) + batch / 4 * 1024) ^ (batch / 2 % 2 * 64));
+      };
+      FragmentA v[2][2], words[2] = {load(0), load(1)};
 #pragma unroll
       for (int batch = 0; batch < 8; ++batch) {
         const int chunk = batch / 2, half = batch % 2;
-        mla_fp8_values(v[batch % 2], words);
-        if (batch < 7) {  // ahead of the products, which are waited for before the next conversion
-          const int next = (batch + 1) / 2, next_half = (batch + 1) % 2;
-          words = load_matrices_transposed((values + next_half * (M8::kLatent / 2) + next / 2 * 1024) ^ (next % 2 * 64));
-        }
+        mla_fp8_values(v[batch % 2], words[batch % 2]);
         wgmma_begin();
 #pragma unroll
         for (int step = 0; step < 2; ++step)
           wgmma_m64k16_float16(o[chunk], v[batch % 2][step], p.at(half * 64 + step * 32), half + step > 0 || tile > first_tile);
         wgmma_commit();
+        if (batch < 6) words[batch % 2] = load(batch + 2);
         if (batch > 0) {  // the registers of the batch before may be written again
           wgmma_wait<1>();
           wgmma_keep(v[(batch + 1) % 2][0]);
