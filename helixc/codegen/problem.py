@@ -15,6 +15,7 @@ Params = tuple[tuple[str, Param], ...]
 
 MOST_EXPERTS = 256  # of one rank: whom they serve has to fit beside the sums in static shared memory
 LINEAR_TEAMS = (1, 2, 4, 8)  # warps that share a tile's columns: a choice for each number of columns
+_MOST_QUERIES, _MOST_SHARES = 16, 8  # of a thread block of Hopper's GQA kernel; of the queries that read one KV head
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float8_e4m3fn": "f8"}
 
 
@@ -126,7 +127,7 @@ def _gated(hidden: int, always: int, mixture: FfnShape | None, eights: int, arch
 
 def _hopper_mla(shape: AttentionShape) -> bool:
     dims = (shape.head_dim, shape.partial_dim) == (576, 512)
-    sizes = shape.heads in (16, 32, 64, 128) and shape.query_tokens in (1, 2, 3, 4) and shape.block in (32, 64)
+    sizes = shape.heads in range(8, 129, 8) and shape.query_tokens in (1, 2, 3, 4) and shape.block in (32, 64)
     cached = shape.dtype == "bfloat16" and shape.kv_dtype in ("bfloat16", "float8_e4m3fn")
     return cached and shape.is_mla and dims and sizes
 
@@ -136,8 +137,7 @@ def _hopper_gqa(shape: AttentionShape) -> bool:
     tile = 128 if fp8 else 64  # tokens: pages of 16 and more whose boxes of the copy engine fill it, or parts of pages
     pages = shape.block % tile == 0 or shape.block in (16, 32, 64)
     dtypes = _all_bfloat16(shape) or (fp8 and shape.dtype == "bfloat16")
-    queries = shape.group * shape.query_tokens
-    return dtypes and not shape.is_mla and shape.head_dim in (64, 128) and queries <= 16 and pages
+    return dtypes and not shape.is_mla and shape.head_dim in (64, 128) and pages and _gqa_shares(shape) <= _MOST_SHARES
 
 
 def _all_bfloat16(shape: AttentionShape) -> bool:
@@ -164,23 +164,49 @@ def _mla_merge(shape: AttentionShape, arch: str) -> KernelSpec:
 
 
 def _row_tokens(shape: AttentionShape) -> int:
-    """Query tokens that are one row of the schedule: as many, a divisor of all, as have 128 heads in one cluster."""
+    """Query tokens that are one row of the schedule: as many, a divisor of all, as have 128 heads in one cluster.
+
+    A warp computes 16 of them, of one token.
+    """
+    if shape.heads % 16:
+        return 1
     return max(n for n in range(1, shape.query_tokens + 1) if shape.query_tokens % n == 0 and shape.heads * n <= 128)
 
 
+def _gqa_share(shape: AttentionShape) -> tuple[int, int]:
+    """Query tokens and heads of a group that one thread block serves, divisors of all: as many as its products take."""
+    heads = _largest_divisor(shape.group, _MOST_QUERIES)
+    return _largest_divisor(shape.query_tokens, _MOST_QUERIES // heads), heads
+
+
+def _gqa_shares(shape: AttentionShape) -> int:
+    """Thread blocks that read the same tokens."""
+    tokens, heads = _gqa_share(shape)
+    return shape.group * shape.query_tokens // (tokens * heads)
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max(n for n in range(1, most + 1) if number % n == 0)
+
+
 def _gqa_schedule(shape: AttentionShape, arch: str) -> KernelSpec:
-    params: Params = (*_heads(shape), ("query_tokens", shape.query_tokens))
+    params: Params = (*_heads(shape), *_gqa_queries(shape))
     return KernelSpec(f"gqa_schedule_{_gqa_dims(shape)}", "gqa_schedule", params, arch)
 
 
 def _gqa_partial(shape: AttentionShape, arch: str) -> KernelSpec:
     params: Params = (
         *_heads(shape),
-        ("query_tokens", shape.query_tokens),
+        *_gqa_queries(shape),
         ("partial_dim", shape.partial_dim),
         ("scale", shape.scale),
     )
     return KernelSpec(f"gqa_partial_{_gqa_dims(shape)}", "gqa_partial", params, arch)
+
+
+def _gqa_queries(shape: AttentionShape) -> Params:
+    tokens, heads = _gqa_share(shape)
+    return ("query_tokens", shape.query_tokens), ("share_tokens", tokens), ("share_heads", heads)
 
 
 def _gqa_dims(shape: AttentionShape) -> str:
