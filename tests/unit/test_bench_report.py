@@ -73,3 +73,16 @@ def test_launch(tmp_path: Path) -> None:
     page = report.page(tmp_path)
     assert "Machine: a GPU; torch 2.9, Python 3.12.3.\nRepeat with `python bench/launch.py`." in page
     assert "| a launch | 3.1 | 1 |" in page and "| an allocation | 1.5 | - |" in page
+
+
+def test_exchange(tmp_path: Path) -> None:
+    times = {"rows": 4, "ours_us": 3.7, "nccl_us": 36.76}
+    rows = [
+        {"op": "exchange", **times, "nccl_our_combine_us": 30.99, "goal_us": 7.0},
+        {"op": "reduce", **times, "nccl_our_norm_us": 9.5, "hidden": 2048},
+    ]
+    write(tmp_path, "exchange", **MACHINE, rows=rows)
+    page = report.page(tmp_path)
+    assert "Machine: two of a GPU; torch 2.9." in page
+    assert "| 4 | 3.70 | 36.76 | 30.99 | 7 |" in page
+    assert "| 4 | 3.70 | 36.76 | 9.50 | 2048 |" in page
