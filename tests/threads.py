@@ -118,8 +118,14 @@ class _Store:
         return all(key in self._values for key in keys)
 
 
-class _Silent:
-    def emit(self, event: str, **fields: object) -> None: ...
+class Events:
+    """What every rank has told, in order."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, dict[str, Any]]] = []
+
+    def emit(self, event: str, **fields: Any) -> None:
+        self.told.append((event, fields))
 
 
 def calls_of(
@@ -129,6 +135,7 @@ def calls_of(
     monkeypatch: pytest.MonkeyPatch,
     make_comm: Callable[[Rank, Any], Comm] = TorchComm,
     keep_logits: bool = False,
+    events: Events | None = None,
 ) -> dict[int, list[Call]]:
     """Serve `requests` with every rank of `plan`, as worker processes would; all calls of each rank, in order.
 
@@ -147,11 +154,11 @@ def calls_of(
         instance = plan.instance_of(rank)
         groups = {name: getattr(rank.groups, name) for name in GROUPS if len(getattr(rank.groups, name)) > 1}
         connection = Connection(cast(Any, groups), cast(Any, instance.ranks), cast(Any, store))
-        silent, device = cast(Any, _Silent()), torch.device("cpu")
+        emit, device = cast(Any, events or Events()), torch.device("cpu")
         with torch.inference_mode():
             own = make_comm if rank.role == "generation" else TorchComm
-            decoder = load_decoder(plan, rank, own(rank, cast(Any, groups)), device, silent)
-            session = Session(job, plan, rank, instance, decoder, connection, run_dir, silent)
+            decoder = load_decoder(plan, rank, own(rank, cast(Any, groups)), device, emit)
+            session = Session(job, plan, rank, instance, decoder, connection, run_dir, emit)
             if rank.role == "context":
                 serve_context(session)
             else:

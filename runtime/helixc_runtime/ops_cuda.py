@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from helixc_runtime.attend_cuda import ARGUMENTS as ATTEND_ARGUMENTS
-from helixc_runtime.attend_cuda import EARLY, address, make_attend
+from helixc_runtime.attend_cuda import EARLY, address, combine_grid, make_attend
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.cubin import LoadedKernel, check_arch
+from helixc_runtime.ffn_cuda import ARGUMENTS as FFN_ARGUMENTS
+from helixc_runtime.ffn_cuda import EARLY as FFN_EARLY
+from helixc_runtime.ffn_cuda import CudaFfn
+from helixc_runtime.ffn_shape import FfnShape
 from helixc_runtime.manifest import Kernel
 from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Norm, Partial, Projections
 from helixc_runtime.shape_checks import check_add_norm, check_append, check_attend, check_combine
@@ -27,8 +31,9 @@ ARGUMENTS = {
     "exchange": ("pointer",) * 7 + ("int32",) * 5,  # the limit in nanoseconds is as wide as a pointer
     "reduce": ("pointer",) * 10 + ("int32",) * 4,
     **ATTEND_ARGUMENTS,
+    **FFN_ARGUMENTS,
 }
-_EARLY = EARLY | {"exchange", "reduce"}  # these wait before they read anything
+_EARLY = EARLY | FFN_EARLY | {"exchange", "reduce"}  # the last two wait before they read anything
 _NO_GROUP = (0,) * 8  # a reduction of one rank's summand: its group's arguments
 
 
@@ -41,15 +46,25 @@ class CudaOps:
     """
 
     def __init__(
-        self, shape: AttentionShape, kernels: Sequence[Kernel], artifact_dir: Path, device: torch.device
+        self,
+        shape: AttentionShape,
+        kernels: Sequence[Kernel],
+        artifact_dir: Path,
+        device: torch.device,
+        ffn: FfnShape | None = None,
     ) -> None:
-        """Load the cubins. Raises CubinError on a wrong architecture, ValueError if `kernels` do not serve `shape`."""
+        """Load the cubins. Raises CubinError on a wrong architecture, ValueError if `kernels` do not serve `shape`.
+
+        Without the shape of the FFN, `ffn`, there is no mixture.
+        """
         if device.type == "cuda" and device.index is None:  # tensors know their index, and are compared with this
             device = torch.device(device.type, torch.cuda.current_device())
         arch = check_arch([kernel.arch for kernel in kernels], device)
         chosen = [kernel for kernel in kernels if kernel.arch == arch]
         self.shape = shape
         self.device = device
+        of_ffn = [kernel for kernel in chosen if kernel.template in FFN_ARGUMENTS]
+        chosen = [kernel for kernel in chosen if kernel.template not in FFN_ARGUMENTS]
         chosen = [kernel for kernel in chosen if kernel.template != "exchange" and kernel.params.get("members", 1) == 1]
         several = ("combine", "reduce")  # kernels of one template
         self._kernels = {kernel.template: kernel for kernel in chosen if kernel.template not in several}
@@ -59,8 +74,12 @@ class CudaOps:
             _check_kernel(kernel, shape)
         if "append" not in self._kernels:
             raise ValueError(f"the rank has no append kernel for {arch}")
-        self._loaded = {kernel.name: load_kernel(kernel, artifact_dir, device) for kernel in chosen}
+        self._loaded = {kernel.name: load_kernel(kernel, artifact_dir, device) for kernel in (*chosen, *of_ffn)}
         self._attend = make_attend(shape, self._kernels, self._loaded, device)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._ffn = CudaFfn(ffn, of_ffn, self._loaded, processors, device)
+        # Of few tokens by the kernels, else by torch. Raise ValueError on a wrong shape, dtype, device or memory layout.
+        self.linear, self.mlp, self.mixture = self._ffn.linear, self._ffn.mlp, self._ffn.mixture
         self._step: DecodeBatch | None = None
 
     def begin_step(self, batch: DecodeBatch) -> None:
@@ -118,13 +137,15 @@ class CudaOps:
         check_combine(self.shape, o, lse)
         self._expect(self.shape.dtype, o=o)
         self._expect("float32", lse=lse)
+        _expect_aligned(o=o)
         parts, rows, heads = lse.shape
         if parts not in self._combines:
             raise ValueError(f"no kernel combines {parts} partials, only {sorted(self._combines) or 'none'}")
         out = self._empty_partial(rows, heads)
-        count = rows * heads
-        pointers = (out.o, out.lse, o, lse)
-        self._launch_warps(self._combines[parts], count, *map(address, pointers), count)
+        if rows:
+            kernel, count = self._combines[parts], rows * heads
+            grid = combine_grid(kernel, count)
+            self._loaded[kernel.name].launch(grid, *map(address, (out.o, out.lse, o, lse)), count)
         return out
 
     def add_norm(

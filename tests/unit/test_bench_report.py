@@ -86,3 +86,20 @@ def test_exchange(tmp_path: Path) -> None:
     assert "Machine: two of a GPU; torch 2.9." in page
     assert "| 4 | 3.70 | 36.76 | 30.99 | 7 |" in page
     assert "| 4 | 3.70 | 36.76 | 9.50 | 2048 |" in page
+
+
+def test_decode(tmp_path: Path) -> None:
+    row = {"layers": 27, "batch": 1, "tokens": 1 << 20, "ttl_us": 5000.4, "tp2_ttl_us": 9000.4, "ratio": 1.8}
+    row |= {"floor_share": 0.845, "host_us": 12.3, "kv_capacity_ratio": 1.997}
+    rows = [
+        {"model": "one", "vllm_us": 7980} | row,
+        {"model": "one", "vllm_us": 20200} | row | {"batch": 4, "tp2_ttl_us": None, "ratio": None},
+        {"model": "other", "vllm_us": None} | row | {"tokens": 8192},
+    ]
+    write(tmp_path, "decode", **MACHINE, rows=rows)
+    page = report.page(tmp_path)
+    assert "### one, 27 layers" in page and "### other, 27 layers" in page
+    assert "| 1x1024k | 5000 | 84% | 12 | 9000 | 1.80 | 7980 | 1.60 |" in page
+    assert "| 4x1024k | 5000 | 84% | 12 | does not fit | - | 20200 | 4.04 |" in page
+    assert "| 1x8k | 5000 | 84% | 12 | 9000 | 1.80 |\n" in page
+    assert "from the plans: 2.00" in page and page.count("measured on another day") == 1

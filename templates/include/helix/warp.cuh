@@ -1,5 +1,5 @@
-// Reductions over the 32 lanes of one warp, or over each kLanes consecutive ones; every lane gets the result, and all 32
-// must take part.
+// Reductions over the 32 lanes of one warp, or over each kLanes consecutive ones (every lane gets the result), and a
+// scan; all 32 must take part.
 #pragma once
 #include "helix/element.cuh"
 
@@ -19,15 +19,24 @@ template <int kLanes = kWarp> HELIX_DEVICE float warp_sum(float x) {
   return x;
 }
 
-// Of unsigned integers, which travel as the bits of floats; several at a time, which hides the latency of each.
-template <int kLanes, int count> HELIX_DEVICE void warp_max_bits(u32 (&x)[count]) {
+// Of the lanes up to and with this one.
+HELIX_DEVICE int inclusive_scan(int x, int lane) {
 #pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2)
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int below = __shfl_up_sync(0xffffffffu, x, distance);
+    if (lane >= distance) x += below;
+  }
+  return x;
+}
+
+// Of unsigned integers.
+template <int kLanes> HELIX_DEVICE u32 warp_max_bits(u32 x) {
 #pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const u32 other = u32(__float_as_int(__shfl_xor_sync(0xffffffffu, __int_as_float(int(x[i])), distance)));
-      x[i] = other > x[i] ? other : x[i];
-    }
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    const u32 other = __shfl_xor_sync(0xffffffffu, x, distance);
+    x = other > x ? other : x;
+  }
+  return x;
 }
 
 }  // namespace helix

@@ -9,15 +9,6 @@
 
 namespace helix {
 
-HELIX_DEVICE int inclusive_scan(int x, int lane) {
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const int below = __shfl_up_sync(0xffffffffu, x, distance);
-    if (lane >= distance) x += below;
-  }
-  return x;
-}
-
 // The local tokens of a row: what the last of its query tokens attends.
 template <class C> HELIX_DEVICE int row_length(const int* lengths, int row) {
   return lengths[row * C::query_tokens + C::query_tokens - 1];
