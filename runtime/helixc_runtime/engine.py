@@ -96,7 +96,7 @@ def run(job: Job, rank: int, world_size: int, run_dir: Path, emit: Emitter) -> N
     emit.emit("stage", stage="connect", done=0, total=1)
     connection = connect(plan, own, device, COLLECTIVE_TIMEOUT)
     with torch.inference_mode():
-        decoder = load_decoder(plan, own, make_comm(artifact, own, connection, device), device, emit)
+        decoder = load_decoder(plan, own, make_comm(artifact, own, connection, device, job.deadline_s), device, emit)
         session = Session(job, plan, own, plan.instance_of(own), decoder, connection, run_dir, emit)
         if own.role == "context":
             serve_context(session)
@@ -109,15 +109,18 @@ def run(job: Job, rank: int, world_size: int, run_dir: Path, emit: Emitter) -> N
     dist.destroy_process_group()
 
 
-def make_comm(artifact: Artifact, rank: Rank, connection: Connection, device: torch.device) -> Comm:
-    """What the plan chose: one-sided on a GPU, where the ranks of a group can write into each other's memory."""
+def make_comm(artifact: Artifact, rank: Rank, connection: Connection, device: torch.device, patience: float) -> Comm:
+    """What the plan chose: one-sided on a GPU, where the ranks of a group can write into each other's memory.
+
+    `patience`: seconds that a kernel waits for a peer.
+    """
     instance = artifact.plan.instance_of(rank)
     if device.type == "cpu" or not (instance.exchange == "one_sided" or instance.reduce_rows):
         return TorchComm(rank, connection.compute)
     from helixc_runtime.one_sided import OneSidedComm  # needs cuda-bindings, as CudaOps
 
     kernels = [kernel for kernel in artifact.plan.kernels if kernel.name in rank.kernels]
-    return OneSidedComm(rank, connection.compute, instance, kernels, artifact.directory, device)
+    return OneSidedComm(rank, connection.compute, instance, kernels, artifact.directory, device, patience)
 
 
 def load_decoder(plan: Plan, rank: Rank, comm: Comm, device: torch.device, emit: Emitter) -> Decoder:
