@@ -16,10 +16,10 @@ from torch import Tensor
 
 from helixc_runtime import comm, engine, handoff
 from helixc_runtime.attention_shape import attention_shape
-from helixc_runtime.comm import Connection, TorchComm
+from helixc_runtime.comm import Comm, Connection, TorchComm
 from helixc_runtime.engine import Session, load_decoder, serve_context, serve_generation
 from helixc_runtime.job import Job, Request
-from helixc_runtime.manifest import Plan
+from helixc_runtime.manifest import Plan, Rank
 from helixc_runtime.ops_torch import TorchOps
 
 GROUPS = ("tp", "cp", "pp", "ffn_tp", "moe_tp", "moe_ep")
@@ -68,18 +68,22 @@ class ThreadDist:
     def send(self, x: Tensor, rank: int, group: tuple[int, ...]) -> None:
         pair = (self._own.rank, rank)
         self._record("send", pair, x)
-        self._boxes["pipeline", pair].put(x.clone())
+        self._box("pipeline", pair).put(x.clone())
 
     def isend(self, x: Tensor, rank: int, tag: int) -> Any:
         pair = (self._own.rank, rank)
         self._record("post", pair, x)
-        self._boxes[tag, pair].put(x.clone())
+        self._box(tag, pair).put(x.clone())
         return _Sent()
 
     def recv(self, x: Tensor, rank: int, group: object = None, tag: int = 0) -> None:
         pair = (rank, self._own.rank)
         self._record("take" if group is None else "recv", pair, x)
-        x.copy_(self._boxes[tag if group is None else "pipeline", pair].get(timeout=WAIT_S))
+        x.copy_(self._box(tag if group is None else "pipeline", pair).get(timeout=WAIT_S))
+
+    def _box(self, tag: object, pair: tuple[int, int]) -> queue.Queue[Tensor]:
+        with self._lock:  # both ends may ask first
+            return self._boxes[tag, pair]
 
     def _record(self, kind: str, ranks: tuple[int, ...], x: Tensor, source: int | None = None) -> None:
         self.calls[self._own.rank].append(Call(kind, ranks, x.numel() * x.element_size(), source))
@@ -134,13 +138,18 @@ def calls_of(
     run_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
     events: Events | None = None,
+    make_comm: Callable[[Rank, Any], Comm] = TorchComm,
+    keep_logits: bool = False,
 ) -> dict[int, list[Call]]:
-    """Serve `requests` with every rank of `plan`, as worker processes would; all calls of each rank, in order."""
+    """Serve `requests` with every rank of `plan`, as worker processes would; all calls of each rank, in order.
+
+    `make_comm` is called with a rank and its groups, for generation ranks. Logits are kept in `run_dir`.
+    """
     fake, store = ThreadDist(), _Store()
     for module in (comm, engine, handoff):
         monkeypatch.setattr(module, "dist", fake)
     monkeypatch.setattr(comm, "_all_gather", fake.all_gather)
-    job = Job("", None, "cpu", requests, False, WAIT_S, 1)
+    job = Job("", None, "cpu", requests, keep_logits, WAIT_S, 1)
     errors: list[BaseException] = []
 
     def serve(index: int) -> None:
@@ -151,7 +160,8 @@ def calls_of(
         connection = Connection(cast(Any, groups), cast(Any, instance.ranks), cast(Any, store))
         emit, device = cast(Any, events or Events()), torch.device("cpu")
         with torch.inference_mode():
-            decoder = load_decoder(plan, rank, TorchComm(rank, cast(Any, groups)), device, emit)
+            own = make_comm if rank.role == "generation" else TorchComm
+            decoder = load_decoder(plan, rank, own(rank, cast(Any, groups)), device, emit)
             session = Session(job, plan, rank, instance, decoder, connection, run_dir, emit)
             if rank.role == "context":
                 serve_context(session)

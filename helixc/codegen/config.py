@@ -14,6 +14,7 @@ _THREADS = 128
 _WARP = 32
 _VECTOR_BYTES = 16  # the widest load and store of one thread
 _HOPPER_SHARED = 231_424  # what the MLA partial uses of the 232,448 bytes a thread block may have
+_SKINNY_THREADS = 256  # two thread blocks a multiprocessor: the next kernel's loads begin beside this one's
 _EXCHANGE_THREADS = 64  # few, so that a row's heads are spread over the multiprocessors
 _GQA_TILES = {"bfloat16": 64, "float8_e4m3fn": 128}  # tokens, 32 KiB of K and V at D 128
 _HEAD_TILES = (8, 4, 2, 1)
@@ -36,6 +37,7 @@ class KernelConfig:
     dynamic_shared: int | None = None  # bytes of shared memory that the launch gives
     lanes: int | None = None  # of a warp that share one vector of columns
     columns: int | None = None  # of a vector that a lane moves at a time
+    team: int | None = None  # warps that share the columns of a tile of weights
 
     @property
     def params(self) -> dict[str, Param]:
@@ -71,6 +73,12 @@ def configure(spec: KernelSpec) -> KernelConfig:
             return KernelConfig(spec, threads=_EXCHANGE_THREADS)
         case "reduce":
             return _reduce(spec)
+        case "router":
+            return KernelConfig(spec, _THREADS)
+        case "linear":
+            return KernelConfig(spec, _SKINNY_THREADS)
+        case "gate_up" | "down":
+            return KernelConfig(spec, _SKINNY_THREADS, team=_SKINNY_THREADS // _WARP)
         case _:
             return KernelConfig(spec, _THREADS)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from helixc_runtime.ops import DecodeBatch, LayerCache, Ops, Partial, Projections
+from helixc_runtime.ops import DecodeBatch, LayerCache, Norm, Ops, Partial, Projections
 
 
 class CheckedOps:
@@ -49,6 +49,12 @@ class CheckedOps:
         out = self._ops.combine(o, lse)
         self._expect_partial("of combine", out)
         return out
+
+    def add_norm(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        """See Ops.add_norm. Not checked: rows of padding may hold anything, and what comes of the others is used."""
+        return self._ops.add_norm(x, residual, bias, norm)
 
     def _expect_partial(self, which: str, partial: Partial) -> None:
         self._expect_numbers(f"lse {which}", partial.lse, torch.ones_like(partial.lse, dtype=torch.bool))

@@ -95,14 +95,28 @@ def run(job: Job, rank: int, world_size: int, run_dir: Path, emit: Emitter) -> N
     emit.emit("stage", stage="connect", done=0, total=1)
     connection = connect(plan, own, device, COLLECTIVE_TIMEOUT)
     with torch.inference_mode():
-        decoder = load_decoder(plan, own, TorchComm(own, connection.compute), device, emit)
+        decoder = load_decoder(plan, own, make_comm(artifact, own, connection, device), device, emit)
         session = Session(job, plan, own, plan.instance_of(own), decoder, connection, run_dir, emit)
         if own.role == "context":
             serve_context(session)
         else:
             serve_generation(session, make_ops(artifact, own, device, emit))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            decoder.comm.check()
     dist.barrier()  # nobody leaves while a peer may still need its connections
     dist.destroy_process_group()
+
+
+def make_comm(artifact: Artifact, rank: Rank, connection: Connection, device: torch.device) -> Comm:
+    """What the plan chose: one-sided on a GPU, where the ranks of a group can write into each other's memory."""
+    instance = artifact.plan.instance_of(rank)
+    if device.type == "cpu" or not (instance.exchange == "one_sided" or instance.reduce_rows):
+        return TorchComm(rank, connection.compute)
+    from helixc_runtime.one_sided import OneSidedComm  # needs cuda-bindings, as CudaOps
+
+    kernels = [kernel for kernel in artifact.plan.kernels if kernel.name in rank.kernels]
+    return OneSidedComm(rank, connection.compute, instance, kernels, artifact.directory, device)
 
 
 def load_decoder(plan: Plan, rank: Rank, comm: Comm, device: torch.device, emit: Emitter) -> Decoder:
@@ -380,6 +394,7 @@ class Generation:
         session, chosen = self.session, list[int]()
         if flight.tokens:
             by_slot = flight.tokens.wait()
+            session.decoder.comm.check()  # the step has finished: did it wait in vain?
             chosen = [by_slot[row.slot] for row in flight.rows]
         if session.instance.pp == 1:
             return chosen

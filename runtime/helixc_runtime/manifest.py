@@ -23,6 +23,7 @@ Range = tuple[int, int]
 Dtype = Literal["float32", "bfloat16", "float16"]
 KvDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]  # float8: with scales, see quantize.py
 Role = Literal["context", "generation"]
+Transport = Literal["one_sided", "collective"]
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 SCALE_COLUMNS = 128  # of a cached FP8 vector that share a scale
@@ -199,6 +200,7 @@ class Instance:
     """One model replica. `ranks` are global; max_seq_len counts prompt and generated tokens of one request.
 
     A generation rank's KV pool may take at most free_gpu_memory_fraction of what is free once the weights are loaded.
+    One-sided: on GPUs, kernels write into the memory of the other ranks of a group, which all share a host.
     """
 
     role: Role
@@ -213,6 +215,8 @@ class Instance:
     max_batch_size: int
     max_seq_len: int
     free_gpu_memory_fraction: float
+    exchange: Transport  # in the cp groups
+    reduce_rows: int  # decode batches up to this are summed in the ffn_tp groups one-sidedly, larger ones collectively
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,13 @@ class Partial(NamedTuple):
     lse: Tensor  # [B, H] float32
 
 
+class Norm(NamedTuple):
+    """An RMSNorm of the hidden states."""
+
+    weight: Tensor  # [hidden]
+    eps: float
+
+
 @dataclass(frozen=True, slots=True)
 class LayerCache:
     """Paged KV of one layer. MLA: k is [pages, block, latent + rope] and v is None (the first latent columns of k).
@@ -73,6 +80,25 @@ class GqaProjections:
 Projections = MlaProjections | GqaProjections
 
 
+@dataclass(frozen=True, slots=True)
+class GatedMlp:
+    """This rank's columns I of one gated MLP: down(silu(gate x) * up x)."""
+
+    gate: Tensor  # [I, hidden]
+    up: Tensor  # [I, hidden]
+    down: Tensor  # [hidden, I]
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """One layer's router, and this rank's L experts and share of the shared ones."""
+
+    router: Tensor  # [experts, hidden]
+    bias: Tensor | None  # [experts] float32, added to the scores for the choice only
+    experts: GatedMlp  # stacked: [L, I, hidden], [L, I, hidden], [L, hidden, I]
+    shared: GatedMlp | None
+
+
 class Ops(Protocol):
     """Shapes: H query heads and KH KV heads of this rank, D head_dim, P partial_dim. ValueError on a mismatch.
 
@@ -103,5 +129,29 @@ class Ops(Protocol):
         """Merge N partials, o [N, B, H, P] and lse [N, B, H], weighted by exp(lse - max lse), in float32.
 
         All-empty rows give o = 0 and lse = -inf.
+        """
+        ...
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [N, in] times weight [out, in] -> [N, out]; with heads, [N, H, in] and [H, out, in] -> [N, H, out]."""
+        ...
+
+    def mlp(self, x: Tensor, weights: GatedMlp) -> Tensor:
+        """This rank's summand [N, hidden] of a dense MLP of x [N, hidden]."""
+        ...
+
+    def mixture(self, x: Tensor, weights: Mixture) -> Tensor:
+        """This rank's summand [N, hidden] of a mixture of experts of x [N, hidden]; see layers.route for the routing.
+
+        Equal scores: the lower expert is chosen. Router logits are float32. A row that is NaN spoils only itself.
+        """
+        ...
+
+    def add_norm(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        """residual + x + bias [B, hidden], added in float32 and rounded once, and its norm (without one: itself).
+
+        None is zero for `residual` [B, hidden] and `bias` [hidden].
         """
         ...

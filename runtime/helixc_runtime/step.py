@@ -162,6 +162,7 @@ class DecodeStep:
 
     def __call__(self) -> StepResult | None:
         """Enqueue one step of the rows assigned. None from all but the last stage."""
+        self.decoder.comm.check()
         if captured := self._graphs.get((self._size, self._draws)):
             graph, result = captured
             graph.replay()
@@ -201,7 +202,7 @@ class DecodeStep:
         hidden = self.decoder.decode(control[_Field.token], self.cache.layers, batch, self.rotary, self.ops)
         if not self.decoder.is_last:
             return None
-        logits = self.decoder.logits(hidden)
+        logits = self.decoder.head(hidden)
         tokens = self._chosen(logits, control, position) if draws else logits.argmax(-1)
         if self.feeds_itself:
             control[_Field.token].copy_(tokens)

@@ -111,7 +111,7 @@ def random_case(
     )
     q = torch.randn(tokens, shape.heads, shape.head_dim, generator=generator).to(device, dtype)
     new = random_projections(shape, tokens, device, generator)
-    return Case(shape, q, new, _moved(cache, device), batch, _moved(original, device))
+    return Case(shape, q, new, moved(cache, device), batch, moved(original, device))
 
 
 def _random_owned(lengths: list[int], query_tokens: int, generator: torch.Generator) -> Tensor:
@@ -157,7 +157,7 @@ def _random_pages(
     return elements, torch.where(unused, garbage, scales), original
 
 
-def _moved(cache: LayerCache, device: torch.device) -> LayerCache:
+def moved(cache: LayerCache, device: torch.device) -> LayerCache:
     tensors = (cache.k, cache.v, cache.k_scale, cache.v_scale)
     k, v, k_scale, v_scale = (None if tensor is None else tensor.to(device, copy=True) for tensor in tensors)
     assert k is not None
@@ -194,7 +194,7 @@ def check_append(ops: Ops, case: Case, bound: float) -> None:
     """Run append and compare q, the stored tokens and every other byte of the cache with the oracle."""
     shape, batch, oracle = case.shape, case.batch, TorchOps(case.shape)
     device = batch.slots.device
-    before, like, exact = _moved(case.cache, device), _moved(case.cache, device), to_double(case.cache)
+    before, like, exact = moved(case.cache, device), moved(case.cache, device), to_double(case.cache)
     want = oracle.append(doubled(case.new), exact, batch)
     oracle.append(case.new, like, batch)
     got = ops.append(case.new, case.cache, batch)
@@ -250,7 +250,7 @@ def check_elements(ops: Ops, shape: AttentionShape, device: torch.device) -> Non
     ones, nothing = torch.ones(rows, dtype=torch.int32), torch.zeros(rows, 128)
     table = torch.arange(rows, dtype=torch.int32).unsqueeze(1)
     batch = DecodeBatch(nothing, nothing, table.to(device), ones.to(device), ones, ones)
-    got = ops.attend(torch.zeros(rows, 1, 256).to(device), _moved(cache, device), batch)
+    got = ops.attend(torch.zeros(rows, 1, 256).to(device), moved(cache, device), batch)
     want = dequantize(v.expand(rows, 256), scales.unsqueeze(1).expand(rows, 2))
     assert int(want.isnan().sum()) == 2 * rows
     torch.testing.assert_close(got.o[:, 0].cpu(), want, rtol=0, atol=0, equal_nan=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 from helixc.codegen.build import compile_all, render_all
 from helixc.codegen.problem import attention, problems
 from helixc_runtime.attention_shape import AttentionShape
-from helixc_runtime.ops import DecodeBatch, LayerCache
+from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
 from helixc_runtime.ops_cuda import CudaOps
 from helixc_runtime.ops_torch import TorchOps
-from tests.gpu.kernel_cases import check_partial, gqa, mla, random_cache, to_double
+from tests.gpu.append_cases import random_projections
+from tests.gpu.kernel_cases import check_partial, gqa, mla, moved, random_cache, random_case, to_double
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,6 +34,10 @@ SHAPES = {
         for heads in (16, 32, 64, 128)
         for block in (32, 64)
     },
+    "mla h8": mla(8, 64),
+    "mla h8 b32 fp8 t2": mla(8, 32, kv_dtype="float8_e4m3fn", query_tokens=2),
+    "mla h40 b32": mla(40, 32),
+    "mla h72": mla(72, 64),
     "mla h16 t4": mla(16, 64, query_tokens=4),
     "mla h32 b32 t3": mla(32, 32, query_tokens=3),
     "mla h64 t2": mla(64, 64, query_tokens=2),
@@ -180,6 +186,45 @@ def test_a_graph_replays_with_other_lengths_and_pages(shape: AttentionShape, fol
         torch.cuda.synchronize(DEVICE)
         want = TorchOps(shape).attend(q.double(), to_double(filled), step)
         check_partial(captured, want, BOUND)
+
+
+@pytest.mark.parametrize("shape", ONE_OF_EACH, ids=str)
+def test_layers_in_a_graph_see_their_new_tokens(shape: AttentionShape, folder: Path, seed: int) -> None:
+    """Each layer's kernels may start before the one before has ended; what append writes must be there by then."""
+    layers, generator = 3, torch.Generator().manual_seed(seed)
+    case = random_case(shape, [9_001, 3, 640, 64, 65, 130, 0, 4_000], DEVICE, seed)
+    ops, batch, tokens = make_ops(shape, folder), case.batch, len(case.q)
+    caches = [moved(case.cache, DEVICE) for _ in range(layers)]
+    news = [random_projections(shape, tokens, DEVICE, generator) for _ in range(layers)]
+    done: list[tuple[torch.Tensor, Partial]] = []
+
+    def step() -> None:
+        ops.begin_step(batch)
+        done.clear()
+        for new, cache in zip(news, caches, strict=True):
+            q = ops.append(new, cache, batch)
+            done.append((q, ops.attend(q, cache, batch)))
+
+    stream = torch.cuda.Stream(DEVICE)
+    stream.wait_stream(torch.cuda.current_stream(DEVICE))
+    with torch.cuda.stream(stream):
+        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    for _ in range(5):
+        for new, cache in zip(news, caches, strict=True):
+            fresh = random_projections(shape, tokens, DEVICE, generator)
+            for to, value in ((getattr(new, f.name), getattr(fresh, f.name)) for f in fields(new)):
+                if to is not None:
+                    to.copy_(value)
+            for name in ("k", "v", "k_scale", "v_scale"):
+                if (poisoned := getattr(case.cache, name)) is not None:
+                    getattr(cache, name).copy_(poisoned)
+        graph.replay()
+        torch.cuda.synchronize(DEVICE)
+        for (q, got), cache in zip(done, caches, strict=True):
+            check_partial(got, TorchOps(shape).attend(q.double(), to_double(cache), batch), BOUND)
 
 
 @pytest.mark.parametrize("query_tokens", [1, 4])

@@ -80,8 +80,8 @@ def _specs() -> tuple[KernelSpec, ...]:
         for spec in (
             *(exchange(mla(128, 64), cp, arch) for cp in (2, 8, 64)),
             exchange(gqa(64, 8, 128, 64, "float32"), 4, arch),
-            *(reduce(n, 7168, 1e-6, False, "bfloat16", arch) for n in (2, 8)),
-            reduce(2, 2048, 1e-5, True, "float16", arch),
+            *(reduce(n, 7168, 1e-6, "bfloat16", arch) for n in (1, 2, 8)),
+            reduce(2, 2048, 1e-5, "float16", arch),
         )
     )
     return tuple(dict.fromkeys((*whole, *appends, *attends, *groups)))

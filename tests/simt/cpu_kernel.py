@@ -21,11 +21,13 @@ import pytest
 import torch
 
 from helixc.codegen.build import render_all
-from helixc.codegen.problem import problems
+from helixc.codegen.problem import ffn, problems
 from helixc.codegen.render import KernelSource
 from helixc.codegen.template_root import template_root
 from helixc_runtime import ops_cuda
 from helixc_runtime.attention_shape import AttentionShape
+from helixc_runtime.ffn_cuda import ARGUMENTS, CudaFfn
+from helixc_runtime.ffn_shape import FfnShape
 
 _HERE = Path(__file__).parent
 _MACHINE = ("machine.cpp", "copy_engine.cpp", "tensor_cores.cpp")
@@ -169,6 +171,27 @@ def cpu_ops(
         link.symlink_to(library)
         kernels.append(dataclasses.replace(planned, cubin=library.name))
     return ops_cuda.CudaOps(shape, kernels, folder, torch.device("cpu"))
+
+
+def cpu_ffn(
+    shape: FfnShape,
+    max_rows: int,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: Gpu,
+    root: Path | None = None,
+) -> CudaFfn:
+    """CudaFfn whose kernels run on the CPU, as cpu_ops."""
+    monkeypatch.setattr(CpuKernel, "gpu", gpu, raising=False)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
+    kernels, loaded = [], {}
+    for source in render_all(ffn(shape, max_rows, "sm_90a"), root or template_root()):
+        planned = source.config.planned()
+        arguments, threads = ARGUMENTS[planned.template], int(planned.params["threads"])
+        loaded[planned.name] = CpuKernel(build(source, root), planned.name, arguments, threads, torch.device("cpu"))
+        kernels.append(planned)
+    return CudaFfn(shape, kernels, loaded, gpu.processors, torch.device("cpu"))
 
 
 def build(source: KernelSource, root: Path | None = None) -> Path:

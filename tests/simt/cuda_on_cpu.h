@@ -84,6 +84,19 @@ template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned distance) {
 inline unsigned __ballot_sync(unsigned mask, bool x) { return simt::ballot("__ballot_sync", mask, x); }
 inline int __any_sync(unsigned mask, bool x) { return simt::ballot("__any_sync", mask, x) != 0; }
 inline int __all_sync(unsigned mask, bool x) { return simt::ballot("__all_sync", mask, !x) == 0; }
+// Of unsigned integers.
+inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
+  struct Largest { unsigned mine, result; } largest = {x, 0};
+  simt::meet("__reduce_max_sync", mask, &largest, [](const simt::Lanes& lanes) {
+    unsigned all = 0;
+    for (unsigned i = 0; i < 32; ++i)
+      if (lanes.has(i)) all = std::max(all, lanes.at<Largest>(i).mine);
+    for (unsigned i = 0; i < 32; ++i)
+      if (lanes.has(i)) lanes.at<Largest>(i).result = all;
+  });
+  return largest.result;
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned x) { return ~__reduce_max_sync(mask, ~x); }
 inline int __reduce_add_sync(unsigned mask, int x) {
   struct Sum { int mine, result; } sum = {x, 0};
   simt::meet("__reduce_add_sync", mask, &sum, [](const simt::Lanes& lanes) {

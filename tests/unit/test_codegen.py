@@ -159,8 +159,8 @@ def _rank(number: int, role: Role, q_heads: int, kv_heads: int) -> Rank:
 
 def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     model = Model("m", None, "dummy", 0, "bfloat16", "bfloat16", _arch(32, 8))
-    context = Instance("context", 0, (0,), 1, 1, 1, 1, 1, False, 4, 128, 0.9)
-    generation = Instance("generation", 0, (1, 2), 2, 2, 1, 4, 1, False, 4, 128, 0.9)
+    context = Instance("context", 0, (0,), 1, 1, 1, 1, 1, False, 4, 128, 0.9, "collective", 0)
+    generation = Instance("generation", 0, (1, 2), 2, 2, 1, 4, 1, False, 4, 128, 0.9, "one_sided", 3)
     ranks = (_rank(0, "context", 32, 8), _rank(1, "generation", 16, 4), _rank(2, "generation", 16, 4))
     plan = Plan(SCHEMA, "p", model, 32, (context, generation), ranks, (), (), ranks[0], ())
     specs = select(plan, ("sm_90a", "sm_100a"))

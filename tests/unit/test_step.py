@@ -20,7 +20,7 @@ from helixc_runtime.models import layers
 from helixc_runtime.models.decoder import Decoder
 from helixc_runtime.models.layers import gated_mlp, mixture, route
 from helixc_runtime.models.rotary import Rotary
-from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Ops, Partial, Projections
+from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Norm, Ops, Partial, Projections
 from helixc_runtime.ops_torch import TorchOps
 from helixc_runtime.step import DecodeStep, RowInput, padded_sizes
 from helixc_runtime.weights import Weights, load_weights
@@ -171,6 +171,11 @@ class _Nothing:
 
     def combine(self, o: Tensor, lse: Tensor) -> Partial:
         return Partial(o[0], lse[0])
+
+    def add_norm(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(x)
 
 
 def _plan(family: str, folder: Path, *, cp: int = 1, block: int = 4, seed: int = 0, dtype: str = "float32") -> Plan:

@@ -75,8 +75,7 @@ class GqaAttention:
 
     def decode(self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, comm: Comm) -> Tensor:
         q = ops.append(self._project(layer, x), cache, batch)
-        received = comm.exchange(ops.attend(q, cache, batch))  # [C, B, H / C, D]
-        out = ops.combine(received.o, received.lse).o
+        out = comm.exchange(ops.attend(q, cache, batch), ops, f"layer {layer} partials")  # [B, H / C, D]
         return F.linear(out.flatten(1), self.weights("o", layer))
 
     def _project(self, layer: int, x: Tensor) -> GqaProjections:
@@ -119,8 +118,7 @@ class MlaAttention:
         q_nope, q_rope = self._queries(layer, x)
         absorbed = torch.einsum("bhd,hdc->bhc", q_nope, self.weights("k_up", layer))
         q = ops.append(MlaProjections(absorbed, q_rope, *self._latent(layer, x)), cache, batch)
-        received = comm.exchange(ops.attend(q, cache, batch))  # [C, B, H / C, latent]
-        merged = ops.combine(received.o, received.lse).o
+        merged = comm.exchange(ops.attend(q, cache, batch), ops, f"layer {layer} partials")  # [B, H / C, latent]
         out = torch.einsum("bhc,hdc->bhd", merged, self.weights("v_up", layer))
         return F.linear(out.flatten(1), self.weights("o", layer))
 

@@ -198,6 +198,14 @@ HELIX_DEVICE Vector16 load_global(const void* from) {
                : "l"(from));
   return v;
 }
+// Of what no kernel writes and this one reads once.
+HELIX_DEVICE Vector16 load_streamed(const void* from) {
+  Vector16 v;
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+               : "l"(from));
+  return v;
+}
 HELIX_DEVICE void store_global(void* to, Vector16 v) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.words[0]), "r"(v.words[1]), "r"(v.words[2]),
                "r"(v.words[3])

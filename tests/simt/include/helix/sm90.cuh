@@ -115,6 +115,7 @@ HELIX_DEVICE Vector16 load_global(const void* from) {
   std::memcpy(&v, aligned(from, 16), 16);
   return v;
 }
+HELIX_DEVICE Vector16 load_streamed(const void* from) { return load_global(from); }
 HELIX_DEVICE void store_global(void* to, Vector16 v) { std::memcpy(aligned(to, 16), &v, 16); }
 
 // Others may run between any two of these: a loop of loads sees what they wrote in the meantime.
