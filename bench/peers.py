@@ -31,7 +31,7 @@ class Problem:
     def kv_bytes(self) -> int:
         """Of one page table, FP8 scales included."""
         shape = self.shape
-        token = shape.head_dim * self.cache.k.element_size() + shape.scale_groups
+        token = shape.head_dim * self.cache.k.element_size() + shape.scale_bytes
         return sum(self.lengths) * shape.kv_heads * token * (1 if shape.is_mla else 2)
 
     @property

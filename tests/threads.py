@@ -137,9 +137,9 @@ def calls_of(
     requests: tuple[Request, ...],
     run_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
-    events: Events | None = None,
     make_comm: Callable[[Rank, Any], Comm] = TorchComm,
     keep_logits: bool = False,
+    events: Events | None = None,
 ) -> dict[int, list[Call]]:
     """Serve `requests` with every rank of `plan`, as worker processes would; all calls of each rank, in order.
 

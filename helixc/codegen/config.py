@@ -38,6 +38,7 @@ class KernelConfig:
     lanes: int | None = None  # of a warp that share one vector of columns
     columns: int | None = None  # of a vector that a lane moves at a time
     team: int | None = None  # warps that share the columns of a tile of weights
+    batch: int | None = None  # parts that a thread has on their way at once
 
     @property
     def params(self) -> dict[str, Param]:
@@ -69,6 +70,8 @@ def configure(spec: KernelSpec) -> KernelConfig:
             return KernelConfig(spec, threads=32, token_tile=_gqa_tile(spec))
         case "gqa_partial":
             return _gqa_partial(spec)
+        case "combine" | "merge":
+            return _combine(spec)
         case "exchange":
             return KernelConfig(spec, threads=_EXCHANGE_THREADS)
         case "reduce":
@@ -105,6 +108,15 @@ def _append(spec: KernelSpec) -> KernelConfig:
     return KernelConfig(spec, _THREADS, lanes=min(_WARP, 1 << (loads - 1).bit_length()), columns=columns)
 
 
+def _combine(spec: KernelSpec) -> KernelConfig:
+    """The widest loads that part no row, and all parts at once as far as registers go. A merge's parts are float32."""
+    params = dict(spec.params)
+    itemsize = DTYPE_BYTES[str(params["dtype"])] if spec.template == "combine" else 4
+    batch = _even_tile(int(params["cp"]), 16) if spec.template == "combine" else 8
+    columns = math.gcd(_VECTOR_BYTES // itemsize, int(params["partial_dim"]))
+    return KernelConfig(spec, _THREADS, columns=columns, batch=batch)
+
+
 def _mla_cluster(spec: KernelSpec) -> int:
     """Thread blocks for the queries of a scheduled row: the output of 64 fills a multiprocessor's registers."""
     return -(-_mla_queries(spec) // 64)
@@ -119,7 +131,7 @@ def _mla_fp8_partial(spec: KernelSpec) -> KernelConfig:
     """As many tiles in flight as fit beside the queries."""
     width = next(n for n in (16, 32, 64) if n >= min(_mla_queries(spec), 64))
     stages = 4 if width == 64 else 5
-    used = width * (1152 + 128 + 8) + stages * (64 * 581 + 16) + 1024 + 32 + 32  # MlaFp8Shared, mla_fp8_layout.cuh
+    used = width * (1152 + 128 + 16) + stages * (64 * 577 + 16) + 16 + 32  # MlaFp8Shared, mla_fp8_layout.cuh
     return KernelConfig(spec, threads=512, stages=stages, cluster=_mla_cluster(spec), width=width, dynamic_shared=used)
 
 
@@ -127,7 +139,7 @@ def _gqa_partial(spec: KernelSpec) -> KernelConfig:
     """Four warps that compute and one that copies; 128 KiB of K and V in flight."""
     params = dict(spec.params)
     dim, tile = int(params["head_dim"]), _gqa_tile(spec)
-    queries = int(params["heads"]) // int(params["kv_heads"]) * int(params["query_tokens"])
+    queries = int(params["share_heads"]) * int(params["share_tokens"])
     fp8 = params["kv_dtype"] == "float8_e4m3fn"
     columns, token_bytes = 8 if queries <= 8 else 16, dim if fp8 else 2 * dim
     stages = 512 // dim
@@ -162,7 +174,7 @@ def _check_head_dim(spec: KernelSpec) -> None:
 
 
 def _even_tile(group: int, most: int) -> int:
-    """Heads a tile, at most `most`, that cut `group` heads into the fewest tiles of nearly equal size."""
+    """Of a tile, at most `most`: cuts `group` heads, or parts, into the fewest tiles of nearly equal size."""
     tiles = -(-group // most)
     return -(-group // tiles)
 

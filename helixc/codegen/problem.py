@@ -14,6 +14,7 @@ Param = int | float | str | bool
 Params = tuple[tuple[str, Param], ...]
 
 LINEAR_TEAMS = (1, 2, 4, 8)  # warps that share a tile's columns: a choice for each number of columns
+_MOST_QUERIES, _MOST_SHARES = 16, 8  # of a thread block of Hopper's GQA kernel; of the queries that read one KV head
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float8_e4m3fn": "f8"}
 
 
@@ -134,8 +135,7 @@ def _hopper_gqa(shape: AttentionShape) -> bool:
     tile = 128 if fp8 else 64  # tokens: pages of 16 and more whose boxes of the copy engine fill it, or parts of pages
     pages = shape.block % tile == 0 or shape.block in (16, 32, 64)
     dtypes = _all_bfloat16(shape) or (fp8 and shape.dtype == "bfloat16")
-    queries = shape.group * shape.query_tokens
-    return dtypes and not shape.is_mla and shape.head_dim in (64, 128) and queries <= 16 and pages
+    return dtypes and not shape.is_mla and shape.head_dim in (64, 128) and pages and _gqa_shares(shape) <= _MOST_SHARES
 
 
 def _all_bfloat16(shape: AttentionShape) -> bool:
@@ -171,19 +171,40 @@ def _row_tokens(shape: AttentionShape) -> int:
     return max(n for n in range(1, shape.query_tokens + 1) if shape.query_tokens % n == 0 and shape.heads * n <= 128)
 
 
+def _gqa_share(shape: AttentionShape) -> tuple[int, int]:
+    """Query tokens and heads of a group that one thread block serves, divisors of all: as many as its products take."""
+    heads = _largest_divisor(shape.group, _MOST_QUERIES)
+    return _largest_divisor(shape.query_tokens, _MOST_QUERIES // heads), heads
+
+
+def _gqa_shares(shape: AttentionShape) -> int:
+    """Thread blocks that read the same tokens."""
+    tokens, heads = _gqa_share(shape)
+    return shape.group * shape.query_tokens // (tokens * heads)
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max(n for n in range(1, most + 1) if number % n == 0)
+
+
 def _gqa_schedule(shape: AttentionShape, arch: str) -> KernelSpec:
-    params: Params = (*_heads(shape), ("query_tokens", shape.query_tokens))
+    params: Params = (*_heads(shape), *_gqa_queries(shape))
     return KernelSpec(f"gqa_schedule_{_gqa_dims(shape)}", "gqa_schedule", params, arch)
 
 
 def _gqa_partial(shape: AttentionShape, arch: str) -> KernelSpec:
     params: Params = (
         *_heads(shape),
-        ("query_tokens", shape.query_tokens),
+        *_gqa_queries(shape),
         ("partial_dim", shape.partial_dim),
         ("scale", shape.scale),
     )
     return KernelSpec(f"gqa_partial_{_gqa_dims(shape)}", "gqa_partial", params, arch)
+
+
+def _gqa_queries(shape: AttentionShape) -> Params:
+    tokens, heads = _gqa_share(shape)
+    return ("query_tokens", shape.query_tokens), ("share_tokens", tokens), ("share_heads", heads)
 
 
 def _gqa_dims(shape: AttentionShape) -> str:

@@ -28,11 +28,11 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "gqa_schedule": ("pointer",) * 3 + ("int32", "int32"),
     "gqa_partial": ("map",) * 2 + ("pointer",) * 8 + ("int32", "int32", "pointer", "pointer"),
 }
-# Launched before their predecessor has ended (programmatic dependent launch). Until they wait for it they read what is
-# older: the schedule, the page table and all but the newest tokens. So another kernel must lie in between.
-EARLY = frozenset({"mla_partial", "mla_fp8_partial", "mla_merge", "gqa_partial"})
+# Launched before their predecessor has ended (programmatic dependent launch). Until Hopper's partials wait for it, they
+# read what is older: the schedule, the page table and all but the newest tokens. So another kernel must lie in between.
+# The others wait first: only the launch itself is early.
+EARLY = frozenset({"append", "mla_partial", "mla_fp8_partial", "mla_merge", "gqa_partial", "merge", "combine"})
 
-_WARP = 32
 _WAVES = 2  # thread blocks of the portable partial kernel to aim for, per multiprocessor
 
 
@@ -89,9 +89,8 @@ class Portable:
         pointers = (o, lse, q, cache.k, cache.v, cache.k_scale, cache.v_scale, batch.page_table, batch.lengths)
         self.partial.launch((tiles, queries, splits), *map(address, pointers), max_pages)
         count = queries * self.shape.heads
-        per_block = int(self.merge_kernel.params["threads"]) // _WARP
-        blocks = (-(-count // per_block), 1, 1)
-        self.merge.launch(blocks, *map(address, (out.o, out.lse, o, lse)), splits, count)
+        grid = combine_grid(self.merge_kernel, count)
+        self.merge.launch(grid, *map(address, (out.o, out.lse, o, lse)), splits, count)
 
     def _splits(self, thread_blocks: int, max_tokens: int, token_tile: int) -> int:
         """Enough splits to fill the GPU, but none without a tile of tokens. Known without reading the lengths."""
@@ -186,18 +185,24 @@ class HopperMlaFp8(HopperMla):
 
 
 class HopperGqa:
-    """templates/kernels/gqa_*: one thread block a multiprocessor, merging within the launch."""
+    """templates/kernels/gqa_*: one thread block a multiprocessor, merging within the launch.
+
+    Neighbouring blocks, a worker, read the same tokens for one share of their queries each.
+    """
 
     SCHEDULE_WORDS = 64
 
     def __init__(self, shape: AttentionShape, chosen: Chosen, processors: int, device: torch.device) -> None:
         kernel, self.partial = chosen["gqa_partial"]
         self.schedule = chosen["gqa_schedule"][1]
-        self.shape, self.blocks = shape, processors
-        self.tile = int(kernel.params["token_tile"])
-        self.plan = torch.zeros(self.blocks, self.SCHEDULE_WORDS, dtype=torch.int32, device=device)
+        self.shape, self.tile = shape, int(kernel.params["token_tile"])
+        queries = int(kernel.params["share_heads"]) * int(kernel.params["share_tokens"])
+        shares = shape.group * shape.query_tokens // queries
+        self.workers = max(1, processors // shares)
+        self.blocks = self.workers * shares
+        self.plan = torch.zeros(self.workers, self.SCHEDULE_WORDS, dtype=torch.int32, device=device)
         # Parts to merge; the kernel leaves them as it found them, full of -0.0.
-        size = (2 * self.blocks, shape.group * shape.query_tokens)
+        size = (2 * self.blocks, queries)
         self.part_o = torch.full((*size, shape.head_dim), -0.0, device=device)
         self.part_lse = torch.full((*size, shape.head_dim // 4), -0.0, device=device)
         self.maps = TensorMaps()
@@ -206,7 +211,7 @@ class HopperGqa:
     def begin_step(self, batch: DecodeBatch) -> None:
         rows, max_pages = batch.page_table.shape
         pointers = (self.plan, batch.lengths, batch.page_table)
-        self.schedule.launch((self.blocks, 1, 1), *map(address, pointers), rows, max_pages)
+        self.schedule.launch((self.workers, 1, 1), *map(address, pointers), rows, max_pages)
         self.marker.add_(1)  # see EARLY
 
     def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> None:
@@ -224,6 +229,12 @@ class HopperGqa:
         tokens, width = (1, size) if size >= 128 else (128 // size, 128)  # of a line; bytes of one row of lines
         dims, strides = (64, block // tokens, width // 128, count * heads), (width, 128, block * size)
         return self.maps.get(pages, dims, strides, (64, min(block, self.tile) // tokens, width // 128, 1))
+
+
+def combine_grid(kernel: Kernel, rows: int) -> tuple[int, int, int]:
+    """The thread blocks of templates/include/helix/combine.cuh for so many `rows` of each part."""
+    params = {name: int(kernel.params[name]) for name in ("partial_dim", "columns", "threads")}
+    return -(-rows * (params["partial_dim"] // params["columns"]) // params["threads"]), 1, 1
 
 
 def address(tensor: Tensor | None) -> int:

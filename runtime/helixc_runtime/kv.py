@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from helixc_runtime.manifest import Model, Rank, local_length, local_slot, owner, scale_groups
+from helixc_runtime.manifest import Model, Rank, local_length, local_slot, owner, scale_bytes
 from helixc_runtime.models.rotary import Rotary
 from helixc_runtime.ops import DecodeBatch, LayerCache
 from helixc_runtime.quantize import unpack
@@ -64,7 +64,7 @@ class KvCache:
     def __init__(self, model: Model, rank: Rank, block: int, rows: int, width: int, device: torch.device) -> None:
         self.block, self.cp, self.cp_rank, self.device = block, len(rank.groups.cp), rank.cp_rank, device
         pages = max(1, rank.memory.kv_capacity_tokens // block)
-        dim, groups = model.arch.head_dim, scale_groups(model.arch.head_dim, model.kv_dtype)
+        dim, scale = model.arch.head_dim, scale_bytes(model.kv_dtype)
         tokens = (pages, block) if model.arch.mla else (pages, rank.kv_heads[1] - rank.kv_heads[0], block)
 
         def pool(columns: int, dtype: torch.dtype) -> Tensor:
@@ -74,7 +74,7 @@ class KvCache:
             return pool(columns, dtype), None if model.arch.mla else pool(columns, dtype)
 
         def layer() -> LayerCache:
-            scales = pools(groups, torch.uint8) if groups else (None, None)
+            scales = pools(scale, torch.uint8) if scale else (None, None)
             return LayerCache(*pools(dim, getattr(torch, model.kv_dtype)), *scales)
 
         self.layers = [layer() for _ in range(*rank.layers)]
@@ -106,7 +106,7 @@ class KvCache:
         """Store the first n local tokens of one local layer.
 
         MLA: kv [n, latent + rope]; GQA: kv [2, len(heads), n, D] for the local KV heads `heads`. In the cache's dtype;
-        for an FP8 cache as quantize.pack leaves it, the scales behind the columns.
+        for an FP8 cache as quantize.pack leaves it, the scale behind the columns.
         """
         cache = self.layers[layer]
         pages = torch.tensor(self._tables[row.index], device=self.device)

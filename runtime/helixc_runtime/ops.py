@@ -30,8 +30,7 @@ class LayerCache:
     """Paged KV of one layer. MLA: k is [pages, block, latent + rope] and v is None (the first latent columns of k).
 
     GQA: k and v are [pages, kv_heads, block, head_dim]. Unused pages and page tails may hold anything, NaN included.
-    float8_e4m3fn: the scales lie beside, uint8, shaped as k and v with a scale for each group of columns in place of
-    the columns (quantize.py).
+    float8_e4m3fn: the scales lie beside, uint8, shaped as k and v with one scale in place of the columns (quantize.py).
     """
 
     k: Tensor

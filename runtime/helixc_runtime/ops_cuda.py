@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helixc_runtime.attend_cuda import ARGUMENTS as ATTEND_ARGUMENTS
-from helixc_runtime.attend_cuda import EARLY, address, make_attend
+from helixc_runtime.attend_cuda import EARLY, address, combine_grid, make_attend
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.cubin import LoadedKernel, check_arch
 from helixc_runtime.ffn_cuda import ARGUMENTS as FFN_ARGUMENTS
@@ -137,13 +137,15 @@ class CudaOps:
         check_combine(self.shape, o, lse)
         self._expect(self.shape.dtype, o=o)
         self._expect("float32", lse=lse)
+        _expect_aligned(o=o)
         parts, rows, heads = lse.shape
         if parts not in self._combines:
             raise ValueError(f"no kernel combines {parts} partials, only {sorted(self._combines) or 'none'}")
         out = self._empty_partial(rows, heads)
-        count = rows * heads
-        pointers = (out.o, out.lse, o, lse)
-        self._launch_warps(self._combines[parts], count, *map(address, pointers), count)
+        if rows:
+            kernel, count = self._combines[parts], rows * heads
+            grid = combine_grid(kernel, count)
+            self._loaded[kernel.name].launch(grid, *map(address, (out.o, out.lse, o, lse)), count)
         return out
 
     def add_norm(

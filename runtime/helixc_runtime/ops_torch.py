@@ -13,7 +13,7 @@ from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ffn_shape import FfnShape
 from helixc_runtime.models.layers import gated_mlp, linear, mix, rms_norm
 from helixc_runtime.models.rotary import rotate
-from helixc_runtime.ops import DecodeBatch, GatedMlp, LayerCache, MlaProjections, Mixture, Norm, Partial, Projections
+from helixc_runtime.ops import DecodeBatch, GatedMlp, LayerCache, Mixture, MlaProjections, Norm, Partial, Projections
 from helixc_runtime.quantize import dequantize, quantize
 from helixc_runtime.shape_checks import (
     check_add_norm,

@@ -7,14 +7,13 @@ from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ffn_shape import FfnShape
-from helixc_runtime.manifest import scale_groups
 from helixc_runtime.ops import (
     DecodeBatch,
     GatedMlp,
     GqaProjections,
     LayerCache,
-    MlaProjections,
     Mixture,
+    MlaProjections,
     Norm,
     Projections,
 )
@@ -106,8 +105,7 @@ def check_cache(shape: AttentionShape, cache: LayerCache) -> None:
         if (scales is not None) != (elements is not None and elements.dtype == torch.float8_e4m3fn):
             raise ValueError(f"cache.{name} must have scales if it is float8_e4m3fn, and only then")
         if scales is not None and elements is not None:
-            groups = scale_groups(shape.head_dim, "float8_e4m3fn")
-            expect_shape(f"cache.{name}_scale", scales, (*elements.shape[:-1], groups))
+            expect_shape(f"cache.{name}_scale", scales, (*elements.shape[:-1], 1))
 
 
 def check_linear(x: Tensor, weight: Tensor) -> None:

@@ -241,6 +241,19 @@ def test_scales_far_apart(query_tokens: int, folder: Path, seed: int) -> None:
     check_partial(ops.attend(q, cache, batch), want, BOUND)
 
 
+@pytest.mark.parametrize("heads", [16, 128])
+def test_mla_scales_far_apart(heads: int, folder: Path, seed: int) -> None:
+    """Tokens of which some are 2^120 times others; the weights are all alike, so the largest make the result."""
+    shape = mla(heads, 64, kv_dtype="float8_e4m3fn")
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    cache, batch = random_pages(shape, [3000, 77, 0, 640], generator)
+    assert cache.k_scale is not None
+    cache.k_scale.add_(torch.randint(-60, 61, cache.k_scale.shape, generator=generator, device=DEVICE))
+    q, ops = random_queries(shape, 4, generator, gain=2.0**-60), make_ops(shape, folder)
+    want = TorchOps(shape).attend(q.double(), to_double(cache), batch)
+    check_partial(ops.attend(q, cache, batch), want, BOUND)
+
+
 def test_two_million_tokens_beyond_two_to_the_31_bytes(folder: Path, seed: int) -> None:
     shape = mla(16, 64)
     generator = torch.Generator(DEVICE).manual_seed(seed)

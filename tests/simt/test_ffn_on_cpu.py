@@ -11,25 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from helixc_runtime.ffn_cuda import CudaFfn
 from helixc_runtime.ffn_shape import FfnShape
-from helixc_runtime.ops import GatedMlp, Mixture
 from tests.gpu.ffn_cases import (
     QWEN3,
     V2,
     V3,
     V3_LITE,
-    FfnCase,
     check_linear,
     check_mixture,
     check_mlp,
-    check_rows,
     ffn,
     random_case,
     random_mlp,
-    want_mixture,
 )
-from tests.simt.bugs import Bug, planted
 from tests.simt.cpu_kernel import ASYNCHRONY, Gpu, cpu_ffn
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")

@@ -33,6 +33,13 @@ SHAPES = {
     "8,2 d128 b64 2 tokens": gqa(8, 2, 128, 64, query_tokens=2),
     "5,1 d64 b16 3 tokens": gqa(5, 1, 64, 16, query_tokens=3),
     "4,2 d64 b128 4 tokens": gqa(4, 2, 64, 128, query_tokens=4),
+    # More queries than a thread block takes: shares of query tokens, of heads, and of both.
+    "8,1 d128 b64 4 tokens": gqa(8, 1, 128, 64, query_tokens=4),
+    "16,2 d64 b64 4 tokens": gqa(16, 2, 64, 64, query_tokens=4),
+    "40,2 d64 b16": gqa(40, 2, 64, 16),
+    "24,1 d64 b32 2 tokens": gqa(24, 1, 64, 32, query_tokens=2),
+    "fp8 32,1 d128 b64": gqa(32, 1, 128, 64, kv_dtype=FP8),
+    "fp8 40,2 d64 b64 3 tokens": gqa(40, 2, 64, 64, kv_dtype=FP8, query_tokens=3),
 }
 SMALL = gqa(2, 1, 64, 16, kv_dtype=FP8, query_tokens=4)
 
@@ -120,12 +127,28 @@ BUGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("bug", BUGS, ids=str)
-def test_a_bug_is_noticed(bug: Bug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    shape = dataclasses.replace(SMALL, heads=4, kv_heads=2)
+BUGS_OF_SHARES = [
+    Bug("gqa_merge", "% kHeadShares<C> * C::share_heads;", "% kHeadShares<C>;"),
+    Bug("gqa_merge", "/ kHeadShares<C> * C::share_tokens;", "/ kHeadShares<C>;"),
+    Bug("gqa_merge", "(plan.first + part) * kShares<C> + share_of_block<C>();", "plan.first + part;"),
+    Bug("gqa_partial", "worker_of_block<C>() * kScheduleWords", "blockIdx.x * kScheduleWords"),
+    Bug("gqa_tile", "const int token = first_token_of_share<C>() + of_share;", "const int token = of_share;"),
+    Bug("gqa_partial", "C::kv_heads * C::group * C::query_tokens;", "C::kv_heads * kQueries<C>;"),
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "processors", "bug"),
+    [(dataclasses.replace(SMALL, heads=4, kv_heads=2), 3, bug) for bug in BUGS]
+    + [(gqa(24, 1, 64, 32, query_tokens=4), 17, bug) for bug in BUGS_OF_SHARES],
+    ids=str,
+)
+def test_a_bug_is_noticed(
+    shape: AttentionShape, processors: int, bug: Bug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
     case, root = hostile_case(shape, seed), planted(tmp_path, [bug])
     for asynchrony in (*ASYNCHRONY, "random", "random", "random"):
-        ops = hopper_ops(shape, tmp_path, monkeypatch, Gpu(3, seed, asynchrony), root)
+        ops = hopper_ops(shape, tmp_path, monkeypatch, Gpu(processors, seed, asynchrony), root)
         try:
             check_attend(ops, case, BOUND)
         except (AssertionError, KernelFault) as error:

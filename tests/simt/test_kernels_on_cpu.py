@@ -13,6 +13,7 @@ import torch
 from helixc.codegen.template_root import template_root
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ops import GqaProjections, MlaProjections
+from helixc_runtime.ops_cuda import CudaOps
 from helixc_runtime.ops_torch import TorchOps
 from tests.gpu.kernel_cases import APPEND_SHAPES, check_append, check_attend, check_combine, gqa, mla, random_case
 from tests.simt.bugs import Bug, planted
@@ -54,8 +55,9 @@ def test_kernels_agree_with_the_oracle(
     ("right", "wrong"),
     [
         ("dot * C::scale", "dot * C::scale * 1.01f"),
-        ("if (is_minus_infinity(part_lse)) continue;", ""),
-        ("expf(part_lse - largest)", "exp2f(part_lse - largest)"),
+        ("empty ? 0.0f : to_float", "to_float"),
+        ("base = is_minus_infinity(most) ? 0.0f : most;", "base = most;"),
+        ("expf(lses[i] - base)", "exp2f(lses[i] - base)"),
         ("if (position < end) {", "if (position / C::block <= (end - 1) / C::block) {"),
     ],
 )
@@ -76,6 +78,53 @@ def _check_all(folder: Path, monkeypatch: pytest.MonkeyPatch, root: Path, seed: 
     check_append(ops, case, 1e-5)
     check_attend(ops, case, 1e-5)
     check_combine(ops, shape, 2, CPU, seed, 1e-5)
+
+
+def combine_ops(
+    shape: AttentionShape, cp: int, folder: Path, monkeypatch: pytest.MonkeyPatch, root: Path | None = None
+) -> CudaOps:
+    """CudaOps with the combine kernel; its other kernels do nothing."""
+    return cpu_ops(shape, cp, folder, monkeypatch, 4, root, idle=("append", "partial", "merge"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "cp"),
+    [
+        (gqa(8, 1, 128, 4), 1),
+        (gqa(8, 1, 72, 4, "float16"), 8),
+        (gqa(8, 1, 64, 4, "float32"), 16),
+        (mla(16, 4), 64),
+        (replace(mla(3, 4), partial_dim=510), 17),  # loads of 4 bytes
+        (replace(mla(3, 4), partial_dim=511), 5),  # and of 2
+    ],
+    ids=lambda value: str(getattr(value, "partial_dim", value)),
+)
+def test_combine(shape: AttentionShape, cp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """In one batch of parts and in several, with loads of every width."""
+    check_combine(combine_ops(shape, cp, tmp_path, monkeypatch), shape, cp, CPU, seed, BOUNDS[shape.dtype])
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("largest = most, sum *= rescale;", "largest = most;"),
+        ("o[j] *= rescale;", ""),
+        ("float most = largest;", "float most = minus_infinity();"),
+    ],
+)
+def test_a_wrong_combine_of_many_parts_is_noticed(
+    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    shape, root = gqa(8, 1, 64, 4, "float32"), planted(tmp_path, [Bug("combine", right, wrong)])
+    with pytest.raises(AssertionError):
+        check_combine(combine_ops(shape, 40, tmp_path, monkeypatch, root), shape, 40, CPU, seed, 1e-5)
+
+
+def test_combine_of_partials_that_no_load_fits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = gqa(8, 1, 128, 4)
+    o = torch.zeros(2 * 3 * 8 * 128 + 1, dtype=torch.bfloat16)[1:].view(2, 3, 8, 128)
+    with pytest.raises(ValueError, match="o does not start at a multiple of 16 bytes"):
+        combine_ops(shape, 2, tmp_path, monkeypatch).combine(o, torch.zeros(2, 3, 8))
 
 
 @pytest.mark.parametrize("shape", APPEND_SHAPES.values(), ids=APPEND_SHAPES.keys())
@@ -159,9 +208,9 @@ MLA, QWEN3 = "mla fp8", "qwen3 fp8"
         ("llama", "if (active) store<C>(a.q_out", "if (active && a.owned[row]) store<C>(a.q_out"),
         ("llama", "return row < a.rows && a.owned[row];", "return row < a.rows;"),
         (MLA, "return row < a.rows && a.owned[row];", "return row < a.rows;"),
-        (MLA, "scales[group] = scale", "scales[group > 0 ? group - 1 : 0] = scale"),
-        (MLA, "column<C>(chunk, lane) / kScaleColumns == group", "chunk == group"),
-        (MLA, "at / kScaleColumns == group", "at / kScaleColumns == (group ^ 1)"),
+        (MLA, "scales + token, vector", "scales + token / 2, vector"),
+        (MLA, "chunk < Layout<C>::kChunks; ++chunk) largest", "chunk < 1; ++chunk) largest"),
+        (MLA, "scale_of(warp_max_bits<C::lanes>(largest))", "scale_of(largest)"),
         (MLA, "0x7fffffu - 0x600000u", "0x7fffffu"),
         (MLA, "254 - int(scale)", "255 - int(scale)"),
         ("llama", "slot % C::block", "(slot + 1) % C::block"),

@@ -115,7 +115,7 @@ def serve(
         for index in range(len(LENGTHS))
     )
     trace, events = Trace(monkeypatch), Events()
-    calls_of(plan, requests, folder, monkeypatch, events)
+    calls_of(plan, requests, folder, monkeypatch, events=events)
     tokens: dict[int, list[int]] = defaultdict(list)
     for name, fields in events.told:
         if name in ("prefilled", "token"):

@@ -10,6 +10,19 @@ template <class T, int n> struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16
 
   HELIX_DEVICE void load(const T* from) { *this = *reinterpret_cast<const Chunk*>(from); }
 
+  // Before all that uses what was loaded, however many registers that takes.
+  HELIX_DEVICE void load_early(const T* from) {
+    if constexpr (kWords == 0) {
+      load(from);
+    } else {
+      u32 words[kWords];
+      load_words<kWords>(words, reinterpret_cast<const u32*>(from));
+#pragma unroll
+      for (int i = 0; i < n; ++i)
+        from_bits(items[i], words[i * sizeof(T) / sizeof(u32)] >> 8 * (i * sizeof(T) % sizeof(u32)));
+    }
+  }
+
   // Not by assignment: that becomes one store an element where the elements were computed one by one.
   HELIX_DEVICE void store(T* to) const {
     if constexpr (kWords == 0) {

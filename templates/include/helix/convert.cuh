@@ -30,13 +30,6 @@ HELIX_DEVICE unsigned short float_to_float16_bits(float x) {
   return bits;
 }
 
-// Two bfloat16 products, each half of a word with the same half of the other; nearest even, subnormals kept.
-HELIX_DEVICE unsigned multiply_bfloat16(unsigned a, unsigned b) {
-  unsigned pair;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
-  return pair;
-}
-
 // Two FP8 e4m3 elements, `low` in the low byte; beyond 448 the largest one, NaN stays NaN.
 HELIX_DEVICE unsigned short floats_to_e4m3x2_bits(float low, float high) {
   unsigned short bits;
@@ -56,6 +49,24 @@ template <int count> HELIX_DEVICE void store_words(unsigned* to, const unsigned*
     for (int i = 0; i < count; i += 4)
       asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to + i), "r"(from[i]), "r"(from[i + 1]),
                    "r"(from[i + 2]), "r"(from[i + 3])
+                   : "memory");
+  }
+}
+
+// From global memory, aligned as for store_words. The compilers leave these loads before all that uses any of them,
+// where they would spread others out to save registers.
+template <int count> HELIX_DEVICE void load_words(unsigned* to, const unsigned* from) {
+  static_assert(count == 1 || count == 2 || count % 4 == 0, "no load has so many words");
+  if constexpr (count == 1) {
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(*to) : "l"(from) : "memory");
+  } else if constexpr (count == 2) {
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from) : "memory");
+  } else {
+#pragma unroll
+    for (int i = 0; i < count; i += 4)
+      asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(to[i]), "=r"(to[i + 1]), "=r"(to[i + 2]), "=r"(to[i + 3])
+                   : "l"(from + i)
                    : "memory");
   }
 }

@@ -1,9 +1,9 @@
 // Merge of a unit's parts, left in float32 by the thread blocks that share it (work_split.cuh), within the same launch.
 //
-//   parts of T * group queries: o [2 * blocks, queries, D] float32 normalised, lse [2 * blocks, queries, D / 4] float32,
+//   parts of a block's queries: o [2 * blocks, queries, D] float32 normalised, lse [2 * blocks, queries, D / 4] float32,
 //   log2, one copy for each four columns  ->  o bf16, lse natural log
 //
-// The blocks that share a unit share its merge too: block i of n writes the i-th of n slices, from all n parts, so that
+// The blocks that share a unit, and one share of its queries, share its merge too: block i of n writes the i-th of n slices, from all n parts, so that
 // every word of a part has one reader. An unwritten word holds -0.0, which no writer writes: readers poll the words
 // themselves, with no fence or flag, and put -0.0 back. All blocks are on the GPU at once, so the wait ends. The sums
 // have one order: two runs give the same bits. Roofline: latency; 2 * blocks * queries * D * 5 bytes at most, in L2.
@@ -15,13 +15,24 @@ namespace helix {
 
 constexpr float kLn2 = 0.6931471805599453f;
 
-// q, o and lse, [B * T, H], are groups of heads: the first query token's of a unit, and where its query `column` is.
+// The worker of this block and its share.
+template <class C> HELIX_DEVICE u32 worker_of_block() { return blockIdx.x / u32(kShares<C>); }
+template <class C> HELIX_DEVICE int share_of_block() { return int(blockIdx.x % u32(kShares<C>)); }
+template <class C> HELIX_DEVICE int first_token_of_share() {
+  return share_of_block<C>() / kHeadShares<C> * C::share_tokens;
+}
+
+// q, o and lse, [B * T, H], are groups of heads: the first query token's of a unit, and from there on the share's query
+// `column`.
 template <class C> HELIX_DEVICE i64 first_group(int row, int kv_head) {
   return i64(row) * C::query_tokens * C::kv_heads + kv_head;
 }
 template <class C> HELIX_DEVICE i64 query_offset(int column) {
-  if constexpr (C::query_tokens == 1) return column;
-  return i64(column / C::group) * (C::kv_heads * C::group) + column % C::group;
+  i64 offset = 0;
+  if constexpr (kShares<C> > 1)
+    offset = first_token_of_share<C>() * (C::kv_heads * C::group) + share_of_block<C>() % kHeadShares<C> * C::share_heads;
+  if constexpr (C::query_tokens == 1) return offset + column;
+  return offset + i64(column / C::share_heads) * (C::kv_heads * C::group) + column % C::share_heads;
 }
 
 // 1 / sum. One of several query tokens may see nothing of what the others see: its o is then 0.
@@ -172,7 +183,8 @@ HELIX_DEVICE void merge_slice(bfloat16* o, float* lse, const MergeSpace& space, 
       for (int i = 0; i < batch; ++i) {
         const int part = first + i * stride;
         // The unit's first block may have left its part in its second slot (work_split.cuh).
-        const int slot = 2 * (plan.first + part) + (part == 0 ? plan.first_is_later_slot : 0);
+        const int block = (plan.first + part) * kShares<C> + share_of_block<C>();
+        const int slot = 2 * block + (part == 0 ? plan.first_is_later_slot : 0);
         at[i] = slot * kQueries<C> * vectors + item;
         parts[i] = PartItem{{0, 0, 0, 0}, 0xff800000u};  // -inf
         missing |= u32(part < plan.count) << i;

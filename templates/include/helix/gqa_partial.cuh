@@ -9,13 +9,15 @@
 // last warp copies K and V tiles ahead through a ring of stages; each of its four other warps takes a quarter of every
 // tile, with its own softmax state: no warp waits for another until a unit ends. Tokens are the rows of the products,
 // S^T = K Q^T and O^T += V^T P^T, so that the 1 to 16 queries of a KV head, heads of each query token, fill 8 or 16
-// columns and K and V come straight from shared memory (gqa_state.cuh, gqa_fp8_state.cuh). Units cut between blocks are
-// merged at the end, in the same launch (gqa_merge.cuh): all blocks have to be on the GPU at once, which a grid of one
-// block an SM ensures.
+// columns and K and V come straight from shared memory (gqa_state.cuh, gqa_fp8_state.cuh). More queries are cut into
+// shares: the blocks of neighbouring numbers take one each, of the same tokens at about the same time, of which memory
+// brings the first and L2 the others. Units cut between blocks are merged at the end, in the same launch
+// (gqa_merge.cuh): all blocks have to be on the GPU at once, which a grid of one block an SM ensures.
 // NaN beyond a row's length does not spread: scores there become -inf and V rows zero. The new tokens that only later
 // query tokens of the row see have weight zero in earlier ones.
 // Shared memory: stages * 2 * 64 * D * 2 bytes (and FP8's scales); a unit's last stage serves to reduce the warps.
-// Roofline: memory, length * 2 * D * 2 bytes a KV head and row, in FP8 length * 2 * (D + 1).
+// Roofline: memory, length * 2 * D * 2 bytes a KV head and row, in FP8 length * 2 * (D + 1); L2 as often as there are
+// shares.
 #pragma once
 #include "helix/gqa_fp8_state.cuh"
 #include "helix/gqa_state.cuh"
@@ -138,7 +140,7 @@ HELIX_DEVICE void attend_share(GqaShared<C>& shared, const GqaArguments& args, G
 
 // Rows without a token: o = 0, lse = -inf.
 template <class C> HELIX_DEVICE void clear_empty_rows(const GqaArguments& args, int thread, int threads) {
-  constexpr int heads = C::kv_heads * kQueries<C>;  // of all query tokens
+  constexpr int heads = C::kv_heads * C::group * C::query_tokens;  // of all query tokens
   for (int row = blockIdx.x; row < args.rows; row += gridDim.x) {
     if (row_length<C>(args.lengths, row) > 0) continue;
     u32* o = reinterpret_cast<u32*>(args.o + i64(row) * heads * C::head_dim);
@@ -153,7 +155,7 @@ HELIX_DEVICE void gqa_partial(const TensorMap* k_map, const TensorMap* v_map, co
   GqaShared<C>& shared = *reinterpret_cast<GqaShared<C>*>(dynamic_shared());
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   // The schedule is older than the kernel before this one, which waited for the kernels before it in turn.
-  const int* schedule = args.schedule + blockIdx.x * kScheduleWords;
+  const int* schedule = args.schedule + worker_of_block<C>() * kScheduleWords;
   if constexpr (C::overlap == Overlap::nothing) wait_for_previous_kernels();
   const BlockPlan& plan = *reinterpret_cast<const BlockPlan*>(schedule);
   const GqaCursor at(plan);

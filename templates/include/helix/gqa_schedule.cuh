@@ -1,17 +1,21 @@
 // GQA schedule: what each thread block of the partial kernel does, made once a step for all layers.
 //
-//   lengths [B * T], page_table [B, max_pages]  ->  schedule [blocks, 64] int32: a BlockPlan and the page numbers of its
+//   lengths [B * T], page_table [B, max_pages]  ->  schedule [workers, 64] int32: a BlockPlan and the page numbers of its
 //   first boxes, so that the partial kernel's first copy waits for one load only
 //
-// One warp a block. Shared memory: none. Roofline: latency.
+// A worker is the thread blocks that read the same tokens, one for each share of a unit's queries; one here of all that
+// is said of blocks. One warp a worker. Shared memory: none. Roofline: latency.
 #pragma once
 #include "helix/sm90.cuh"
 #include "helix/work_split.cuh"
 
 namespace helix {
 
-// Columns of a unit: the query heads of each of the row's query tokens.
-template <class C> constexpr int kQueries = C::group * C::query_tokens;
+// Columns of a share: some heads of the group, for each of some of the row's query tokens.
+template <class C> constexpr int kQueries = C::share_heads * C::share_tokens;
+// Shares of a unit, of all heads of each token first.
+template <class C> constexpr int kHeadShares = C::group / C::share_heads;
+template <class C> constexpr int kShares = kHeadShares<C> * (C::query_tokens / C::share_tokens);
 
 // The block's part in merging one unit: it writes items [begin, end) (of 4 columns) from `count` parts. count 1: none.
 struct MergePlan {

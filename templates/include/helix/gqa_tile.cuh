@@ -90,7 +90,8 @@ template <class C> struct GqaBounds {
     for (int n = 0; n < eights; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int token = min((n * 8 + lane % 4 * 2 + i) / C::group, C::query_tokens - 1);
+        const int of_share = min((n * 8 + lane % 4 * 2 + i) / C::share_heads, C::share_tokens - 1);
+        const int token = first_token_of_share<C>() + of_share;
         behind[n][i] = length - args.lengths[row * C::query_tokens + token];
       }
   }

@@ -43,10 +43,10 @@ template <class C> HELIX_DEVICE void mla_fp8_partial(const MlaArguments& a, cons
   else __syncthreads();
   const int group = int(threadIdx.x) / 128;
   if (group == 0) {
-    registers_shrink<32>();
+    registers_shrink<24>();
     if (threadIdx.x < 32) mla_fp8_fetch<C>(a, scales, maps, base);
   } else if (group == 1) {
-    registers_grow<128>();
+    registers_grow<136>();
     mla_fp8_softmax<C>(a, base);
   } else {
     registers_grow<176>();

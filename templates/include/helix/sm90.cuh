@@ -75,7 +75,18 @@ HELIX_DEVICE void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// The same, for warps whose lanes may come one by one.
+// The same; says whether `mine` holds for any of the threads.
+HELIX_DEVICE bool named_barrier_any(int number, int threads, bool mine) {
+  u32 any;
+  asm volatile(
+      "{ .reg .pred p, q; setp.ne.u32 p, %3, 0; barrier.cta.red.or.pred q, %1, %2, p; selp.u32 %0, 1, 0, q; }"
+      : "=r"(any)
+      : "r"(number), "r"(threads), "r"(u32(mine))
+      : "memory");
+  return any != 0;
+}
+
+// The same as named_barrier, for warps whose lanes may come one by one.
 template <int number, int threads> HELIX_DEVICE void named_barrier_diverged() {
   asm volatile("barrier.cta.sync %0, %1;" ::"n"(number), "n"(threads) : "memory");
 }

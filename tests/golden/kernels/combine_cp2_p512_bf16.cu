@@ -7,7 +7,7 @@ struct Config {
   using Part = helix::bfloat16;
   using Element = helix::bfloat16;
   static constexpr int partial_dim = 512;
-  static constexpr int threads = 128;
+  static constexpr int threads = 128, columns = 8, batch = 2;
 };
 
 extern "C" __global__ void __launch_bounds__(Config::threads)

@@ -7,7 +7,7 @@ struct Config {
   using Part = helix::float32;
   using Element = helix::bfloat16;
   static constexpr int partial_dim = 512;
-  static constexpr int threads = 128;
+  static constexpr int threads = 128, columns = 4, batch = 8;
 };
 
 extern "C" __global__ void __launch_bounds__(Config::threads)

@@ -38,6 +38,9 @@ HELIX_DEVICE void barrier_expect(u64* barrier, u32 bytes) { barrier_expect(share
 HELIX_DEVICE void barrier_wait(u64* barrier, u32 parity) { barrier_wait(shared_address(barrier), parity); }
 
 HELIX_DEVICE void named_barrier(int number, int threads) { simt::block_barrier(unsigned(number), unsigned(threads)); }
+HELIX_DEVICE bool named_barrier_any(int number, int threads, bool mine) {
+  return simt::block_barrier_any(unsigned(number), unsigned(threads), mine);
+}
 template <int number, int threads> HELIX_DEVICE void named_barrier_diverged() { named_barrier(number, threads); }
 
 HELIX_DEVICE void fence_async_proxy() { simt::fence_async_proxy(); }
