@@ -131,16 +131,25 @@ BUGS_OF_SHARES = [
     Bug("gqa_merge", "% kHeadShares<C> * C::share_heads;", "% kHeadShares<C>;"),
     Bug("gqa_merge", "/ kHeadShares<C> * C::share_tokens;", "/ kHeadShares<C>;"),
     Bug("gqa_merge", "(plan.first + part) * kShares<C> + share_of_block<C>();", "plan.first + part;"),
-    Bug("gqa_partial", "worker_of_block<C>() * kScheduleWords", "blockIdx.x * kScheduleWords"),
+    Bug("gqa_partial", "worker_of_block<C>() * kScheduleWords", "worker_of_block<C>() / 2 * kScheduleWords"),
     Bug("gqa_tile", "const int token = first_token_of_share<C>() + of_share;", "const int token = of_share;"),
     Bug("gqa_partial", "C::kv_heads * C::group * C::query_tokens;", "C::kv_heads * kQueries<C>;"),
+    # Of the two blocks that share their copies.
+    Bug("gqa_partial", "Tile::warps * C::cluster", "Tile::warps"),
+    Bug(
+        "gqa_partial",
+        "if (lane < 2) barrier_arrive_cluster(shared_address(empty), u32(lane));",
+        "if (lane == 0) barrier_arrive(empty);",
+    ),
+    Bug("gqa_partial", "mine == 0 ? k_map : v_map", "k_map"),
+    Bug("gqa_partial", "pending < C::stages", "pending < 0"),
 ]
 
 
 @pytest.mark.parametrize(
     ("shape", "processors", "bug"),
     [(dataclasses.replace(SMALL, heads=4, kv_heads=2), 3, bug) for bug in BUGS]
-    + [(gqa(24, 1, 64, 32, query_tokens=4), 17, bug) for bug in BUGS_OF_SHARES],
+    + [(gqa(21, 1, 64, 64, kv_dtype=FP8, query_tokens=4), 20, bug) for bug in BUGS_OF_SHARES],
     ids=str,
 )
 def test_a_bug_is_noticed(
