@@ -50,6 +50,7 @@ SHAPES = {
     "gqa 16,4 t2": gqa(16, 4, 128, 64, query_tokens=2),
     "gqa 5,1 d64 b16 t3": gqa(5, 1, 64, 16, query_tokens=3),
     "gqa 64,8 t4, 2 shares": gqa(64, 8, 128, 64, query_tokens=4),
+    "gqa 64,8 t3, 2 shares": gqa(64, 8, 128, 64, query_tokens=3),
     "gqa 32,1, 2 shares": gqa(32, 1, 128, 64),
     "gqa 40,2 d64 b16 t3, 6 shares": gqa(40, 2, 64, 16, query_tokens=3),
     "gqa 8,1 fp8 t4, 2 shares": gqa(8, 1, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),

@@ -18,7 +18,7 @@
 // query tokens of the row see have weight zero in earlier ones.
 // Shared memory: stages * 2 * 64 * D * 2 bytes (and FP8's scales); a unit's last stage serves to reduce the warps.
 // Roofline: memory, length * 2 * D * 2 bytes a KV head and row, in FP8 length * 2 * (D + 1); L2 as often as there are
-// shares, or pairs of them.
+// shares, or pairs of them: 5% over one read of memory for one pair (bf16, D 128), 20% without clusters.
 #pragma once
 #include "helix/gqa_fp8_state.cuh"
 #include "helix/gqa_state.cuh"
@@ -109,6 +109,8 @@ HELIX_DEVICE void finish_unit(GqaShared<C>& shared, const GqaArguments& args, co
     for (int warp = 0; warp < Tile::warps; ++warp)
       os[warp] = *reinterpret_cast<const float4*>(shared.o(stage, warp, column, dim));
     const Merge merge = Merge::of<Tile::warps>(os, shared.largest[column], shared.sum[column]);
+    if constexpr (kUneven<C>)
+      if (whole && !has_query<C>(column)) continue;
     if (whole) {
       const i64 query = first_group<C>(at.row, at.kv_head) * C::group + query_offset<C>(column);
       merge.template write_result<C>(args.o + query * C::head_dim + dim, dim == 0 ? args.lse + query : nullptr);
