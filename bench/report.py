@@ -59,8 +59,8 @@ def attention(result: dict[str, Any]) -> str:
     text = f"""Machine: {_machine(result)}.
 Repeat with `python bench/attention.py`. FlashInfer and FlashMLA count when they can be imported{absent}.
 One layer's attention, partial and merge, pages of {BLOCK} tokens in random order, launches back to back in a CUDA
-graph; medians, peers interleaved. "Read" is a plain read of the same pages, not overlapped with its neighbours as ours
-is: ours can come out under it. Schedules are not in the times.{sdpa if "torch sdpa" in result["versions"] else ""}
+graph; medians, peers interleaved. "Read" is a plain read of the same pages, its launches overlapped as ours are.
+Schedules are not in the times.{sdpa if "torch sdpa" in result["versions"] else ""}
 """
     sections = [_section("Decode attention", text, (), [])]
     for title, wanted in (

@@ -61,6 +61,9 @@ ATTENTION = [
     gqa(8, 2, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
     gqa(8, 2, 128, 64, query_tokens=4),
     gqa(5, 1, 64, 16, query_tokens=3),
+    gqa(64, 8, 128, 64, query_tokens=4),
+    gqa(32, 1, 128, 64, kv_dtype="float8_e4m3fn"),
+    gqa(21, 1, 64, 64, query_tokens=4),
     gqa(13, 1, 72, 64, "float16", kv_dtype="float8_e4m3fn", query_tokens=3),
 ]
 
