@@ -40,8 +40,8 @@ from helixc.build import build, build_without_kernels, make_plan  # noqa: E402
 from helixc.hardware import GPUS  # noqa: E402
 from helixc.model import read_model  # noqa: E402
 from helixc_runtime.artifact import load  # noqa: E402
-from helixc_runtime.comm import TorchComm, connect  # noqa: E402
-from helixc_runtime.engine import Generation, Session, load_decoder, make_ops  # noqa: E402
+from helixc_runtime.comm import connect  # noqa: E402
+from helixc_runtime.engine import Generation, Session, load_decoder, make_comm, make_ops  # noqa: E402
 from helixc_runtime.events import Emitter  # noqa: E402
 from helixc_runtime.job import Job, Request  # noqa: E402
 from helixc_runtime.kv import KvCache, pages_needed  # noqa: E402
@@ -327,7 +327,7 @@ def run_layout(
     with Path(os.devnull).open("wb") as silent:
         emit = Emitter(silent.fileno(), rank)
         connection = connect(plan, own, device, timedelta(seconds=DEADLINE_S))
-        decoder = load_decoder(plan, own, TorchComm(own, connection.compute), device, emit)
+        decoder = load_decoder(plan, own, make_comm(artifact, own, connection, device), device, emit)
         session = Session(job, plan, own, instance, decoder, connection, directory, emit)
         width = pages_needed(instance.max_seq_len, study.block, instance.cp)
         cache = KvCache(plan.model, own, study.block, instance.max_batch_size, width, device)

@@ -18,6 +18,7 @@ from helixc_runtime import comm, engine, handoff
 from helixc_runtime.attention_shape import attention_shape
 from helixc_runtime.comm import Comm, Connection, TorchComm
 from helixc_runtime.engine import Session, load_decoder, serve_context, serve_generation
+from helixc_runtime.ffn_shape import ffn_shape
 from helixc_runtime.job import Job, Request
 from helixc_runtime.manifest import Plan, Rank
 from helixc_runtime.ops_torch import TorchOps
@@ -68,18 +69,22 @@ class ThreadDist:
     def send(self, x: Tensor, rank: int, group: tuple[int, ...]) -> None:
         pair = (self._own.rank, rank)
         self._record("send", pair, x)
-        self._boxes["pipeline", pair].put(x.clone())
+        self._box("pipeline", pair).put(x.clone())
 
     def isend(self, x: Tensor, rank: int, tag: int) -> Any:
         pair = (self._own.rank, rank)
         self._record("post", pair, x)
-        self._boxes[tag, pair].put(x.clone())
+        self._box(tag, pair).put(x.clone())
         return _Sent()
 
     def recv(self, x: Tensor, rank: int, group: object = None, tag: int = 0) -> None:
         pair = (rank, self._own.rank)
         self._record("take" if group is None else "recv", pair, x)
-        x.copy_(self._boxes[tag if group is None else "pipeline", pair].get(timeout=WAIT_S))
+        x.copy_(self._box(tag if group is None else "pipeline", pair).get(timeout=WAIT_S))
+
+    def _box(self, tag: object, pair: tuple[int, int]) -> queue.Queue[Tensor]:
+        with self._lock:  # both ends may ask first
+            return self._boxes[tag, pair]
 
     def _record(self, kind: str, ranks: tuple[int, ...], x: Tensor, source: int | None = None) -> None:
         self.calls[self._own.rank].append(Call(kind, ranks, x.numel() * x.element_size(), source))
@@ -162,7 +167,8 @@ def calls_of(
             if rank.role == "context":
                 serve_context(session)
             else:
-                serve_generation(session, TorchOps(attention_shape(plan.model, rank, plan.tokens_per_block)))
+                shape = attention_shape(plan.model, rank, plan.tokens_per_block)
+                serve_generation(session, TorchOps(shape, ffn_shape(plan.model, rank, instance)))
 
     _run_all([_guarded(serve, index, errors) for index in range(len(plan.ranks))])
     if errors:

@@ -20,6 +20,7 @@ from helixc_runtime.attention_shape import attention_shape
 from helixc_runtime.checked_ops import CheckedOps
 from helixc_runtime.comm import Comm, Connection, TorchComm, connect
 from helixc_runtime.events import Emitter
+from helixc_runtime.ffn_shape import ffn_shape
 from helixc_runtime.handoff import DistTransport, Sending, outgoing, pack, receive
 from helixc_runtime.job import Job, Request
 from helixc_runtime.kv import KvCache, Row, pages_needed
@@ -142,13 +143,14 @@ def make_ops(artifact: Artifact, rank: Rank, device: torch.device, emit: Emitter
 
 def _device_ops(artifact: Artifact, rank: Rank, device: torch.device, emit: Emitter) -> Ops:
     shape = attention_shape(artifact.plan.model, rank, artifact.plan.tokens_per_block)
+    ffn = ffn_shape(artifact.plan.model, rank, artifact.plan.instance_of(rank))
     if device.type == "cpu":
-        return TorchOps(shape)
+        return TorchOps(shape, ffn)
     from helixc_runtime.ops_cuda import CudaOps  # needs cuda-bindings, which a CPU launch does not
 
     emit.emit("stage", stage="kernels", done=0, total=len(rank.kernels))
     kernels = [kernel for kernel in artifact.plan.kernels if kernel.name in rank.kernels]
-    return CudaOps(shape, kernels, artifact.directory, device)
+    return CudaOps(shape, kernels, artifact.directory, device, ffn)
 
 
 # --- Context ----------------------------------------------------------------------------------------------------
