@@ -73,6 +73,8 @@ def configure(spec: KernelSpec) -> KernelConfig:
             return _gqa_partial(spec)
         case "combine" | "merge":
             return _combine(spec)
+        case "batch":
+            return KernelConfig(spec, threads=64)
         case "exchange":
             return KernelConfig(spec, threads=_EXCHANGE_THREADS)
         case "reduce":

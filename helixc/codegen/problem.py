@@ -66,6 +66,12 @@ def exchange(shape: AttentionShape, cp: int, arch: str) -> KernelSpec:
     return KernelSpec(name, "exchange", params, arch)
 
 
+def batch(shape: AttentionShape, factor: float, arch: str) -> KernelSpec:
+    """What a step derives from its rows' positions; `factor` multiplies cos and sin."""
+    params: Params = (("rope_dim", shape.rope_dim), ("block", shape.block), ("factor", factor))
+    return KernelSpec(f"batch_r{shape.rope_dim}_b{shape.block}", "batch", params, arch)
+
+
 def reduce(members: int, hidden: int, eps: float, dtype: Dtype, arch: str) -> KernelSpec:
     """The sum over `members` ranks that write into each other's memory, added to the residual stream and normed."""
     params: Params = (("members", members), ("hidden", hidden), ("eps", eps), ("dtype", dtype))
