@@ -181,7 +181,7 @@ BUGS = [
     (Bug("routing", "warp_sum(factor) + 1e-20f", "warp_sum(factor) + 1.0f"), "routing"),
     (Bug("routing", "factor *= C::scale;", ""), "routing"),
     (Bug("routing", "scores[i] = expert < C::experts ? logits[expert] : 0.0f;", "scores[i] = logits[0];"), "routing"),
-    (Bug("routing", "for (int i = 0; i < word; ++i) before", "for (int i = 0; i < 1; ++i) before"), "routing"),
+    (Bug("routing", "active[before] = expert;", "active[before] = expert / 2 * 2;"), "routing"),
     (Bug("routing", "first + expert, tokens)", "expert, tokens)"), "routing"),
     (Bug("router", "sum += high_half(a) * high_half(b);", "sum += high_half(a) * low_half(b);"), "wide"),
     (Bug("router", "token * C::experts + expert] = total", "token * C::experts + expert] = sum"), "wide"),
@@ -189,7 +189,7 @@ BUGS = [
 
 
 def bug_case(name: str, generator: torch.Generator) -> FfnCase:
-    """A mixture so wide that a warp has several units a tile; one of many rows, for the routing; one of equal scores."""
+    """A mixture so wide that a warp has several units a tile; one of many rows, for the routing; or equal scores."""
     if name == "wide":
         return random_case(ffn(V3, 1160, 16, 8, experts=(64, 192)), 3, generator)
     if name == "routing":
