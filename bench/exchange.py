@@ -190,12 +190,12 @@ def stress(side: Side, exchanges: int) -> int:
     source = random.Random(side.seed + 1 + side.index)
     generator = torch.Generator(side.device).manual_seed(side.seed)
     wrong, started = torch.zeros((), dtype=torch.int64, device=side.device), time.monotonic()
-    graphs = [stress_graph(side, rows, wrong, source, generator) for rows in (1, 3, 16)]
+    stressed = [Stress(side, rows, wrong, source, generator) for rows in (1, 3, 16)]
     common = random.Random(side.seed)
     for replay in range(-(-exchanges // STRESS_LAUNCHES)):
         if source.random() < 0.01:
             time.sleep(source.random() * 0.005)
-        common.choice(graphs).replay()
+        common.choice(stressed).graph.replay()
         if replay % 200 == 0:
             torch.cuda.synchronize(side.device)
             side.comm.check()
@@ -206,38 +206,39 @@ def stress(side: Side, exchanges: int) -> int:
     return int(wrong)
 
 
-def stress_graph(
-    side: Side, rows: int, wrong: Tensor, source: random.Random, generator: torch.Generator
-) -> torch.cuda.CUDAGraph:
-    """STRESS_LAUNCHES exchanges, one in eight behind a delay, whose outputs are compared with the first ones.
-
-    Those are held against float64.
+class Stress:
+    """A graph of STRESS_LAUNCHES exchanges, one in eight behind a delay; what comes of each is compared with the first
+    that were made of the same inputs, and those with float64.
     """
-    shape, heads = side.ops.shape, side.ops.shape.heads // 2
-    mine = slice(side.index * heads, (side.index + 1) * heads)
-    parts, first = [], []
-    for _ in range(STRESS_SETS):
-        both = [
-            Partial(
-                torch.randn(rows, shape.heads, shape.partial_dim, generator=generator, device=side.device).bfloat16(),
-                torch.randn(rows, shape.heads, generator=generator, device=side.device),
-            )
-            for _ in range(2)
-        ]
-        side.comm.begin_step()
-        parts.append(both[side.index])
-        first.append(side.comm.exchange(parts[-1], side.ops, "first"))
-        side.comm.end_step()
-        o, lse = (torch.stack([part[i][:, mine].double() for part in both]) for i in (0, 1))
-        exact = TorchOps(shape).combine(o, lse).o
-        wrong += ((first[-1].double() - exact).norm() > 5e-3 * exact.norm()).long()
 
-    def call(i: int) -> None:
-        if source.random() < 0.125:
-            torch.cuda._sleep(source.randrange(20_000))  # cycles
-        wrong.add_((side.comm.exchange(parts[i], side.ops, "stress") != first[i]).any())
+    def __init__(self, side: Side, rows: int, wrong: Tensor, source: random.Random, generator: torch.Generator) -> None:
+        self.parts: list[Partial] = []
+        self.first: list[Tensor] = []
+        shape, heads = side.ops.shape, side.ops.shape.heads // 2
+        mine = slice(side.index * heads, (side.index + 1) * heads)
 
-    return captured(side, call, STRESS_SETS, STRESS_LAUNCHES)
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator, device=side.device)
+
+        for _ in range(STRESS_SETS):
+            heads_of_rows = (rows, shape.heads)
+            both = [
+                Partial(normal(*heads_of_rows, shape.partial_dim).bfloat16(), normal(*heads_of_rows)) for _ in range(2)
+            ]
+            side.comm.begin_step()
+            self.parts.append(both[side.index])
+            self.first.append(side.comm.exchange(self.parts[-1], side.ops, "first"))
+            side.comm.end_step()
+            o, lse = (torch.stack([part[i][:, mine].double() for part in both]) for i in (0, 1))
+            exact = TorchOps(shape).combine(o, lse).o
+            wrong += ((self.first[-1].double() - exact).norm() > 5e-3 * exact.norm()).long()
+
+        def call(i: int) -> None:
+            if source.random() < 0.125:
+                torch.cuda._sleep(source.randrange(20_000))  # cycles
+            wrong.add_((side.comm.exchange(self.parts[i], side.ops, "stress") != self.first[i]).any())
+
+        self.graph = captured(side, call, STRESS_SETS, STRESS_LAUNCHES)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def mixture_rows(name: str, shape: FfnShape, kernels: CudaFfn, device: torch.dev
                 lambda: kernels.mixture(x, weights), lambda: mix(moe, shape.experts or (0, 0), weights, x), moved
             )
 
-        yield Row("mixture", f"{name}, {rows} rows", rows, shape.local_experts * each // 4, make)
+        yield Row("mixture", f"{name}, batch {rows}", rows, shape.local_experts * each // 4, make)
 
 
 def mlps(folder: Path, device: torch.device) -> Iterator[Callable[[], Iterator[Row]]]:
@@ -182,7 +182,7 @@ def mlp_rows(name: str, shape: FfnShape, kernels: CudaFfn, device: torch.device)
             plain = (weights.gate, weights.up, weights.down)
             return Call(lambda: kernels.mlp(x, weights), lambda: gated_mlp(x, *plain), moved)
 
-        yield Row("mlp", f"{name}, {rows} rows", rows, 6 * shape.hidden * shape.dense_columns, make)
+        yield Row("mlp", f"{name}, batch {rows}", rows, 6 * shape.hidden * shape.dense_columns, make)
 
 
 def linears(folder: Path, device: torch.device) -> Iterator[Callable[[], Iterator[Row]]]:
@@ -204,7 +204,7 @@ def linear_rows(name: str, size: tuple[int, ...], stored: str, kernels: CudaFfn,
             x = torch.randn(rows, *size[:-2], size[-1], generator=generator, device=device).bfloat16()
             return Call(lambda: kernels.linear(x, weight), lambda: linear(x, torchs), weight.nbytes)
 
-        yield Row("linear", f"{name}, {rows} rows", rows, 2 * math.prod(size), make)
+        yield Row("linear", f"{name}, batch {rows}", rows, 2 * math.prod(size), make)
 
 
 def tokens(rows: int, hidden: int, generator: torch.Generator) -> Tensor:

@@ -21,7 +21,7 @@ from helixc.codegen.build import compile_all, render_all
 from helixc.codegen.select import select
 from helixc_runtime.attention_shape import attention_shape
 from helixc_runtime.manifest import Plan
-from helixc_runtime.one_sided import PATIENCE_S, OneSidedComm
+from helixc_runtime.one_sided import OneSidedComm
 from helixc_runtime.ops_cuda import CudaOps
 from tests.deployments import plan_of, role
 
@@ -71,7 +71,7 @@ def run_pair(
     folder: Path,
     *arguments: Any,
     seed: int = 0,
-    patience: float = PATIENCE_S,
+    patience: float = 20.0,
     deadline: float = 120.0,
 ) -> list[Ending]:
     """`body(side, *arguments)` in both processes; what is there `deadline` seconds later is killed."""

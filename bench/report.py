@@ -34,6 +34,7 @@ def page(results: Path) -> str:
     sections = {
         "attention": attention,
         "steps": steps,
+        "exchange": exchange,
         "decode": decode,
         "launch": launch,
         "compiler": compiler,
@@ -122,6 +123,44 @@ of them suffice; medians, an empty kernel interleaved. The floor is the bytes th
         if rows:
             head = ("case", "cache" if op == "append" else "partials", "ours, us", "empty, us", "floor, us", "share")
             sections.append(_section(title, "", head, rows, level=3))
+    return "\n".join(sections)
+
+
+def exchange(result: dict[str, Any]) -> str:
+    """One-sided exchange and reduction against NCCL."""
+    text = f"""Machine: two of {_machine(result)}.
+Repeat with `python bench/exchange.py`: two processes, a GPU each; one call among many in a CUDA graph that both replay,
+medians. NCCL's inputs lie as it wants them. "NCCL, ours" is NCCL with our kernel for the rest, the fallback.
+"""
+    sections = [_section("Exchange and reduction between two GPUs", text, (), [])]
+    tables = (
+        (
+            "exchange",
+            "Exchange and combine: partials of 128 heads x 512, bfloat16, cp 2",
+            "nccl_our_combine_us",
+            "goal_us",
+        ),
+        (
+            "reduce",
+            "Sum over two ranks, added to the residual stream and normed, bfloat16",
+            "nccl_our_norm_us",
+            "hidden",
+        ),
+    )
+    for op, title, fallback, last in tables:
+        rows = [
+            (str(row["rows"]), *(f"{row[key]:.2f}" for key in ("ours_us", "nccl_us", fallback)), f"{row[last]:g}")
+            for row in result["rows"]
+            if row["op"] == op
+        ]
+        head = (
+            "rows",
+            "ours, us",
+            "NCCL and torch, us",
+            "NCCL, ours, us",
+            "goal, us" if op == "exchange" else "hidden",
+        )
+        sections.append(_section(title, "", head, rows, level=3))
     return "\n".join(sections)
 
 

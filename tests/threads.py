@@ -18,6 +18,7 @@ from helixc_runtime import comm, engine, handoff
 from helixc_runtime.attention_shape import attention_shape
 from helixc_runtime.comm import Comm, Connection, TorchComm
 from helixc_runtime.engine import Session, load_decoder, serve_context, serve_generation
+from helixc_runtime.ffn_shape import ffn_shape
 from helixc_runtime.job import Job, Request
 from helixc_runtime.manifest import Plan, Rank
 from helixc_runtime.ops_torch import TorchOps
@@ -166,7 +167,8 @@ def calls_of(
             if rank.role == "context":
                 serve_context(session)
             else:
-                serve_generation(session, TorchOps(attention_shape(plan.model, rank, plan.tokens_per_block)))
+                shape = attention_shape(plan.model, rank, plan.tokens_per_block)
+                serve_generation(session, TorchOps(shape, ffn_shape(plan.model, rank, instance)))
 
     _run_all([_guarded(serve, index, errors) for index in range(len(plan.ranks))])
     if errors:

@@ -13,6 +13,7 @@ from helixc_runtime.switches import read_switches
 Param = int | float | str | bool
 Params = tuple[tuple[str, Param], ...]
 
+MOST_EXPERTS = 256  # of one rank: whom they serve has to fit beside the sums in static shared memory
 LINEAR_TEAMS = (1, 2, 4, 8)  # warps that share a tile's columns: a choice for each number of columns
 _MOST_QUERIES, _MOST_SHARES = 16, 8  # of a thread block of Hopper's GQA kernel; of the queries that read one KV head
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float8_e4m3fn": "f8"}
@@ -71,13 +72,14 @@ def reduce(members: int, hidden: int, eps: float, dtype: Dtype, arch: str) -> Ke
     return KernelSpec(f"reduce_n{members}_d{hidden}_{_SHORT[dtype]}", "reduce", params, arch)
 
 
+@lru_cache(maxsize=256)
 def ffn(shape: FfnShape, max_rows: int, arch: str) -> tuple[KernelSpec, ...]:
     """The kernels of Ops.mlp, Ops.mixture and Ops.linear for up to `max_rows` tokens; none where torch serves better.
 
-    They take bfloat16 and widths that are whole loads of 16 bytes. More tokens than EIGHTS has are torch's.
+    They take bfloat16, and widths that are whole loads of 16 bytes. More tokens than EIGHTS has are torch's.
     """
     widths = (shape.hidden, shape.dense_columns, shape.expert_columns, shape.shared_columns)
-    if shape.dtype != "bfloat16" or any(width % 8 for width in widths):
+    if shape.dtype != "bfloat16" or any(width % 8 for width in widths) or shape.local_experts > MOST_EXPERTS:
         return ()
     eights = [n for n in EIGHTS if n == 1 or 8 * (n - 1) < max_rows]
     found = [_linear(team, n, arch) for n in eights for team in LINEAR_TEAMS]

@@ -19,7 +19,7 @@ class Roofline:
     bytes: int
     operations: int
     seconds: float
-    bound: str  # "memory" or "arithmetic"
+    bound: str  # "memory", "arithmetic" or "NVLink"
 
 
 def roofline(plan: Plan, kernel: Kernel, gpu: str | None) -> Roofline | None:
@@ -30,13 +30,20 @@ def roofline(plan: Plan, kernel: Kernel, gpu: str | None) -> Roofline | None:
     rank = next(rank for rank in plan.ranks if kernel.name in rank.kernels)
     name = gpu or _OF_ARCH[kernel.arch]
     work = _work(plan, plan.instance_of(rank), rank, kernel)
-    return _bound(GPUS[name], *work) if work else None
+    return _bound(GPUS[name], kernel, *work) if work else None
 
 
-def _bound(gpu: Gpu, moved: int, operations: int) -> Roofline:
+def _bound(gpu: Gpu, kernel: Kernel, moved: int, operations: int) -> Roofline:
+    if _sends(kernel):
+        return Roofline(gpu.name, moved, operations, moved / gpu.nvlink, "NVLink")
     memory, arithmetic = moved / gpu.bandwidth, operations / gpu.bfloat16
     bound = "memory" if memory >= arithmetic else "arithmetic"
     return Roofline(gpu.name, moved, operations, max(memory, arithmetic), bound)
+
+
+def _sends(kernel: Kernel) -> bool:
+    """Whether what it moves are the bytes it sends to other GPUs."""
+    return kernel.template == "exchange" or int(kernel.params.get("members", 1)) > 1
 
 
 def _work(plan: Plan, instance: Instance, rank: Rank, kernel: Kernel) -> tuple[int, int] | None:
@@ -49,6 +56,12 @@ def _work(plan: Plan, instance: Instance, rank: Rank, kernel: Kernel) -> tuple[i
     if kernel.template == "combine":
         partials = rows * (heads // instance.cp) * (arch.partial_dim * size + 4)
         return (instance.cp + 1) * partials, 0
+    if kernel.template == "exchange":
+        return (instance.cp - 1) * rows * (heads // instance.cp) * (arch.partial_dim * size + 4), 0
+    if kernel.template == "reduce":
+        others = int(kernel.params["members"]) - 1
+        summed = min(rows, instance.reduce_rows) if others else rows
+        return (others or 4) * summed * arch.hidden_size * size, 0  # alone: two read, two written
     if kernel.template not in ("partial", "mla_partial", "mla_fp8_partial", "gqa_partial"):
         return None
     tokens = rows * local_length(instance.max_seq_len, plan.tokens_per_block, instance.cp, rank.cp_rank)

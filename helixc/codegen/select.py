@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from helixc.codegen.problem import KernelSpec, exchange, problems, reduce
+from helixc.codegen.problem import KernelSpec, exchange, ffn, problems, reduce
 from helixc_runtime.attention_shape import AttentionShape, attention_shape
+from helixc_runtime.ffn_shape import FfnShape, ffn_shape
 from helixc_runtime.manifest import Instance, Model, Plan, Rank
 
 
@@ -14,7 +15,7 @@ def select(plan: Plan, arches: tuple[str, ...]) -> tuple[KernelSpec, ...]:
     """Every distinct kernel of the plan for each architecture, in the order of the ranks that first need it."""
     instances = {(instance.role, instance.index): instance for instance in plan.instances}
     needs = dict.fromkeys(
-        (attention_shape(plan.model, rank, plan.tokens_per_block), _traits(instances[rank.role, rank.instance]))
+        _needs(plan.model, rank, instances[rank.role, rank.instance], plan.tokens_per_block)
         for rank in plan.ranks
         if rank.role == "generation"
     )
@@ -27,8 +28,8 @@ def names_for(arches: tuple[str, ...], model: Model, rank: Rank, instance: Insta
     """Names of the kernels `rank` of `instance` runs on any of `arches`; context ranks prefill in torch, with none."""
     if instance.role == "context":
         return ()
-    shape, traits = attention_shape(model, rank, block), _traits(instance)
-    return tuple(dict.fromkeys(spec.name for arch in arches for spec in _specs(model, shape, traits, arch)))
+    needs = _needs(model, rank, instance, block)
+    return tuple(dict.fromkeys(spec.name for arch in arches for spec in _specs(model, *needs, arch)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +40,26 @@ class _Traits:
     ffn_tp: int
     one_sided_exchange: bool
     one_sided_reduction: bool
+    rows: int
+
+
+_Needs = tuple[AttentionShape, FfnShape, _Traits]
+
+
+def _needs(model: Model, rank: Rank, instance: Instance, block: int) -> _Needs:
+    return attention_shape(model, rank, block), ffn_shape(model, rank, instance), _traits(instance)
 
 
 def _traits(instance: Instance) -> _Traits:
     one_sided = instance.exchange == "one_sided", instance.reduce_rows > 0
-    return _Traits(instance.cp, instance.tp * instance.cp, *one_sided)
+    return _Traits(instance.cp, instance.tp * instance.cp, *one_sided, instance.max_batch_size)
 
 
-def _specs(model: Model, shape: AttentionShape, traits: _Traits, arch: str) -> Iterator[KernelSpec]:
+def _specs(model: Model, shape: AttentionShape, own_ffn: FfnShape, traits: _Traits, arch: str) -> Iterator[KernelSpec]:
     """The kernels of one rank. Those of the fallbacks are there too: a sum of many rows is collective anyway."""
     yield from problems(shape, traits.cp, arch)
     if traits.one_sided_exchange:
         yield exchange(shape, traits.cp, arch)
     for members in (1, traits.ffn_tp) if traits.one_sided_reduction else (1,):
         yield reduce(members, model.arch.hidden_size, model.arch.norm_eps, model.dtype, arch)
+    yield from ffn(own_ffn, traits.rows, arch)

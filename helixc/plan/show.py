@@ -73,10 +73,15 @@ def _transports(instance: Instance) -> Iterator[str]:
     if instance.cp > 1:
         ways.append(f"exchange {'one-sided' if instance.exchange == 'one_sided' else 'by all-to-all'}")
     if instance.tp * instance.cp > 1:
-        one_sided = f"one-sided up to {counted(instance.reduce_rows, 'row')}, else " if instance.reduce_rows else ""
-        ways.append(f"sums {one_sided}by all-reduce")
+        ways.append(f"sums {_sums(instance)}")
     if ways and instance.role == "generation":
         yield f"  on GPUs    {'; '.join(ways)}"
+
+
+def _sums(instance: Instance) -> str:
+    if instance.reduce_rows in (0, instance.max_batch_size):
+        return "one-sided" if instance.reduce_rows else "by all-reduce"
+    return f"one-sided up to {counted(instance.reduce_rows, 'row')}, else by all-reduce"
 
 
 def _attention_dp(instance: Instance) -> str:

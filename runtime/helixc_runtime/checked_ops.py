@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from helixc_runtime.ops import DecodeBatch, LayerCache, Norm, Ops, Partial, Projections
+from helixc_runtime.ops import DecodeBatch, GatedMlp, LayerCache, Mixture, Norm, Ops, Partial, Projections
 
 
 class CheckedOps:
@@ -55,6 +55,18 @@ class CheckedOps:
     ) -> tuple[Tensor, Tensor]:
         """See Ops.add_norm. Not checked: rows of padding may hold anything, and what comes of the others is used."""
         return self._ops.add_norm(x, residual, bias, norm)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See Ops.linear. Not checked: as add_norm."""
+        return self._ops.linear(x, weight)
+
+    def mlp(self, x: Tensor, weights: GatedMlp) -> Tensor:
+        """See Ops.mlp. Not checked: as add_norm."""
+        return self._ops.mlp(x, weights)
+
+    def mixture(self, x: Tensor, weights: Mixture) -> Tensor:
+        """See Ops.mixture. Not checked: as add_norm."""
+        return self._ops.mixture(x, weights)
 
     def _expect_partial(self, which: str, partial: Partial) -> None:
         self._expect_numbers(f"lse {which}", partial.lse, torch.ones_like(partial.lse, dtype=torch.bool))

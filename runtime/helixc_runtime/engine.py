@@ -20,6 +20,7 @@ from helixc_runtime.attention_shape import attention_shape
 from helixc_runtime.checked_ops import CheckedOps
 from helixc_runtime.comm import Comm, Connection, TorchComm, connect
 from helixc_runtime.events import Emitter
+from helixc_runtime.ffn_shape import ffn_shape
 from helixc_runtime.handoff import DistTransport, Sending, outgoing, pack, receive
 from helixc_runtime.job import Job, Request
 from helixc_runtime.kv import KvCache, Row, pages_needed
@@ -95,7 +96,7 @@ def run(job: Job, rank: int, world_size: int, run_dir: Path, emit: Emitter) -> N
     emit.emit("stage", stage="connect", done=0, total=1)
     connection = connect(plan, own, device, COLLECTIVE_TIMEOUT)
     with torch.inference_mode():
-        decoder = load_decoder(plan, own, make_comm(artifact, own, connection, device), device, emit)
+        decoder = load_decoder(plan, own, make_comm(artifact, own, connection, device, job.deadline_s), device, emit)
         session = Session(job, plan, own, plan.instance_of(own), decoder, connection, run_dir, emit)
         if own.role == "context":
             serve_context(session)
@@ -108,15 +109,18 @@ def run(job: Job, rank: int, world_size: int, run_dir: Path, emit: Emitter) -> N
     dist.destroy_process_group()
 
 
-def make_comm(artifact: Artifact, rank: Rank, connection: Connection, device: torch.device) -> Comm:
-    """What the plan chose: one-sided on a GPU, where the ranks of a group can write into each other's memory."""
+def make_comm(artifact: Artifact, rank: Rank, connection: Connection, device: torch.device, patience: float) -> Comm:
+    """What the plan chose: one-sided on a GPU, where the ranks of a group can write into each other's memory.
+
+    `patience`: seconds that a kernel waits for a peer.
+    """
     instance = artifact.plan.instance_of(rank)
     if device.type == "cpu" or not (instance.exchange == "one_sided" or instance.reduce_rows):
         return TorchComm(rank, connection.compute)
     from helixc_runtime.one_sided import OneSidedComm  # needs cuda-bindings, as CudaOps
 
     kernels = [kernel for kernel in artifact.plan.kernels if kernel.name in rank.kernels]
-    return OneSidedComm(rank, connection.compute, instance, kernels, artifact.directory, device)
+    return OneSidedComm(rank, connection.compute, instance, kernels, artifact.directory, device, patience)
 
 
 def load_decoder(plan: Plan, rank: Rank, comm: Comm, device: torch.device, emit: Emitter) -> Decoder:
@@ -139,13 +143,14 @@ def make_ops(artifact: Artifact, rank: Rank, device: torch.device, emit: Emitter
 
 def _device_ops(artifact: Artifact, rank: Rank, device: torch.device, emit: Emitter) -> Ops:
     shape = attention_shape(artifact.plan.model, rank, artifact.plan.tokens_per_block)
+    ffn = ffn_shape(artifact.plan.model, rank, artifact.plan.instance_of(rank))
     if device.type == "cpu":
-        return TorchOps(shape)
+        return TorchOps(shape, ffn)
     from helixc_runtime.ops_cuda import CudaOps  # needs cuda-bindings, which a CPU launch does not
 
     emit.emit("stage", stage="kernels", done=0, total=len(rank.kernels))
     kernels = [kernel for kernel in artifact.plan.kernels if kernel.name in rank.kernels]
-    return CudaOps(shape, kernels, artifact.directory, device)
+    return CudaOps(shape, kernels, artifact.directory, device, ffn)
 
 
 # --- Context ----------------------------------------------------------------------------------------------------

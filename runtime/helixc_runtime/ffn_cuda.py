@@ -30,10 +30,9 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 EARLY = frozenset(ARGUMENTS)
 
 _WARP, _EIGHT, _TILE_ROWS = 32, 8, 16
-_BLOCKS = 2  # thread blocks a multiprocessor
 _TEAM_COLUMNS = 128  # columns that keep one more warp of a team busy: kUnitColumns of skinny.cuh
 
-Gated = tuple[Kernel, LoadedKernel, LoadedKernel]  # gate_up, and both loaded
+Gated = tuple[Kernel, LoadedKernel, Kernel, LoadedKernel]  # gate_up, down
 
 
 class CudaFfn:
@@ -52,7 +51,7 @@ class CudaFfn:
         self._linear: dict[tuple[int, int], tuple[Kernel, LoadedKernel]] = {}  # by eights and team
         self._gated: dict[tuple[int, bool], Gated] = {}  # by eights, and whether it is a mixture
         self._router: LoadedKernel | None = None
-        downs = {_key(kernel): loaded[kernel.name] for kernel in kernels if kernel.template == "down"}
+        downs = {_key(kernel): (kernel, loaded[kernel.name]) for kernel in kernels if kernel.template == "down"}
         for kernel in kernels:
             _check(kernel, shape)
             if kernel.template == "linear":
@@ -61,7 +60,7 @@ class CudaFfn:
             elif kernel.template == "router":
                 self._router = loaded[kernel.name]
             elif kernel.template == "gate_up":
-                self._gated[_key(kernel)] = kernel, loaded[kernel.name], downs[_key(kernel)]
+                self._gated[_key(kernel)] = kernel, loaded[kernel.name], *downs[_key(kernel)]
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """See Ops.linear."""
@@ -73,7 +72,7 @@ class CudaFfn:
         kernel, loaded = chosen
         y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
         teams = int(kernel.params["threads"]) // _WARP // int(kernel.params["team"])
-        blocks = min(-(-matrices * -(-rows // _TILE_ROWS) // teams), _BLOCKS * self.processors)
+        blocks = self._blocks(kernel, -(-matrices * -(-rows // _TILE_ROWS) // teams))
         strides = [t.stride(dim) if t.dim() == 3 or dim == 0 else 0 for t in (x, y) for dim in (0, 1)]
         pointers = map(address, (y, x, weight))
         loaded.launch((blocks, 1, 1), *pointers, len(x), rows, columns, matrices, *strides)
@@ -114,22 +113,25 @@ class CudaFfn:
         logits: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        kernel, gate_up, down = gated
+        kernel, gate_up, down_kernel, down = gated
         params = {name: int(kernel.params[name]) for name in ("always_columns", "expert_columns", "top_k")}
         width = params["always_columns"] + params["top_k"] * params["expert_columns"]
         activated = torch.empty(len(x), width, dtype=x.dtype, device=x.device)
         out = torch.empty_like(x)
-        most = _BLOCKS * self.processors
         pairs = min(int(kernel.params["local_experts"]), len(x) * params["top_k"])
         tiles = -(-params["always_columns"] // _EIGHT) + pairs * (params["expert_columns"] // _EIGHT)
         first = self.shape.experts[0] if self.shape and self.shape.experts else 0
         e_gate, e_up, e_down = (experts.gate, experts.up, experts.down) if experts else (None,) * 3
         a_gate, a_up, a_down = (always.gate, always.up, always.down) if always else (None,) * 3
         pointers = map(address, (activated, x, e_gate, e_up, a_gate, a_up, logits, bias))
-        gate_up.launch((min(tiles, most), 1, 1), *pointers, len(x), first)
+        gate_up.launch((self._blocks(kernel, tiles), 1, 1), *pointers, len(x), first)
         pointers = map(address, (out, activated, e_down, a_down, logits, bias))
-        down.launch((min(-(-x.shape[1] // _TILE_ROWS), most), 1, 1), *pointers, len(x), first)
+        down.launch((self._blocks(down_kernel, -(-x.shape[1] // _TILE_ROWS)), 1, 1), *pointers, len(x), first)
         return out
+
+    def _blocks(self, kernel: Kernel, most: int) -> int:
+        """As many as run at once, `most` at most."""
+        return min(most, int(kernel.params["blocks"]) * self.processors)
 
     def _expect(self, *tensors: Tensor) -> None:
         """Raise ValueError unless each is bfloat16, contiguous, aligned to 16 bytes and on this GPU."""

@@ -19,7 +19,6 @@ from helixc_runtime.ops import Norm, Ops, Partial
 from helixc_runtime.ops_cuda import load_kernel
 from helixc_runtime.peer_memory import open_inboxes
 
-PATIENCE_S = 30.0  # for one word of a peer; a rank that dies or stalls is noticed by the launcher before
 _WARP = 32
 
 
@@ -38,7 +37,7 @@ class OneSidedComm(TorchComm):
         kernels: Sequence[Kernel],
         artifact_dir: Path,
         device: torch.device,
-        patience: float = PATIENCE_S,
+        patience: float,
     ) -> None:
         """All ranks of a group together. Raises CubinError, PeerMemoryError, or ValueError if a kernel is missing."""
         super().__init__(rank, groups)

@@ -78,7 +78,7 @@ class CudaOps:
         self._attend = make_attend(shape, self._kernels, self._loaded, device)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._ffn = CudaFfn(ffn, of_ffn, self._loaded, processors, device)
-        # Of few tokens by the kernels, else by torch. Raise ValueError on a wrong shape, dtype, device or memory layout.
+        # Few tokens by the kernels, more by torch. Raise ValueError on a wrong shape, dtype, device or memory layout.
         self.linear, self.mlp, self.mixture = self._ffn.linear, self._ffn.mlp, self._ffn.mixture
         self._step: DecodeBatch | None = None
 

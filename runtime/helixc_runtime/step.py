@@ -202,7 +202,7 @@ class DecodeStep:
         hidden = self.decoder.decode(control[_Field.token], self.cache.layers, batch, self.rotary, self.ops)
         if not self.decoder.is_last:
             return None
-        logits = self.decoder.head(hidden)
+        logits = self.decoder.head(hidden, self.ops.linear)
         tokens = self._chosen(logits, control, position) if draws else logits.argmax(-1)
         if self.feeds_itself:
             control[_Field.token].copy_(tokens)

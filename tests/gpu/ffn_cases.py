@@ -13,7 +13,7 @@ from helixc_runtime.ffn_shape import FfnShape
 from helixc_runtime.manifest import Moe, Range
 from helixc_runtime.ops import GatedMlp, Mixture
 
-BOUND = 4e-3  # relative error of a row of the result: its own rounding to bfloat16, and that of the activations
+BOUND = 8e-3  # relative error of a row of the result: its own rounding to bfloat16, and that of the activations
 MARGIN = 1e-4  # between the scores of what is chosen and what is not: float32 logits must not decide otherwise
 
 V3_LITE = Moe((1,), 64, 6, 1408, 2816, "sigmoid", True, 1, 1, "top2_sum", True, 1.0)

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from helixc.codegen.build import render_all
-from helixc.codegen.problem import ffn, problems
+from helixc.codegen.problem import KernelSpec, ffn, problems
 from helixc.codegen.render import KernelSource
 from helixc.codegen.template_root import template_root
 from helixc_runtime import ops_cuda
@@ -139,11 +139,12 @@ def cpu_ops(
     arch: str = "sm_100a",
     only_append: bool = False,
     idle: Collection[str] = (),
+    more: Sequence[KernelSpec] = (),
 ) -> ops_cuda.CudaOps:
     """CudaOps whose kernels for `arch` run on the CPU, from the templates at `root`, for `processors` multiprocessors.
 
     `folder` stands for the artifact. Kernels of the templates `idle` do nothing; with `only_append` there are no others
-    but append. Launches raise KernelFault.
+    but append; `more` come with them. Launches raise KernelFault.
     """
     root = root or template_root()
     gpu = processors if isinstance(processors, Gpu) else Gpu(processors)
@@ -161,7 +162,7 @@ def cpu_ops(
         specs = tuple(spec for spec in specs if spec.template == "append")
         monkeypatch.setattr(ops_cuda, "make_attend", lambda *arguments: None)
     kernels = []
-    for source in render_all(specs, root):
+    for source in render_all((*specs, *more), root):
         planned = source.config.planned()
         if planned.template in idle:
             source = dataclasses.replace(source, text=f'extern "C" void {planned.name}() {{}}')

@@ -40,6 +40,7 @@ from tests.threads import ThreadDist, calls_of
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 ARCH, CPU = "sm_100a", torch.device("cpu")
+PATIENCE_S = 20.0
 EPS = 1e-6  # of the tiny checkpoints
 
 
@@ -148,7 +149,7 @@ def test_steps_of_any_size(host: Host, tmp_path: Path, seed: int, monkeypatch: p
     def body(rank: Rank) -> None:
         fake.become(rank.rank)
         groups: Any = {"cp": rank.groups.cp, "ffn_tp": rank.groups.ffn_tp}
-        own = OneSidedComm(rank, groups, instance, plan.kernels, folder_of(rank), CPU)
+        own = OneSidedComm(rank, groups, instance, plan.kernels, folder_of(rank), CPU, PATIENCE_S)
         ops = TorchOps(shape)
         for parts, summands, residual in work:
             own.begin_step()
@@ -186,7 +187,8 @@ def test_a_deployment_computes_the_same(
     made: list[OneSidedComm] = []
 
     def one_sided_comm(rank: Rank, groups: Any) -> Comm:
-        made.append(OneSidedComm(rank, groups, plan.instance_of(rank), plan.kernels, folder_of(rank), CPU))
+        instance = plan.instance_of(rank)
+        made.append(OneSidedComm(rank, groups, instance, plan.kernels, folder_of(rank), CPU, PATIENCE_S))
         return made[-1]
 
     for name in ("collective", "one_sided"):
@@ -239,7 +241,7 @@ def test_what_does_not_fit_is_refused(host: Host, tmp_path: Path, seed: int) -> 
     ops, hidden, rows = TorchOps(shape), plan.model.arch.hidden_size, plan.instances[1].max_batch_size
 
     def connect(rank: Rank) -> None:
-        found[rank.rank] = OneSidedComm(rank, {}, plan.instances[1], plan.kernels, folder_of(rank), CPU)
+        found[rank.rank] = OneSidedComm(rank, {}, plan.instances[1], plan.kernels, folder_of(rank), CPU, 0.2)
 
     run(plan, connect)
     comm, x = found[1], torch.zeros(1, hidden)
@@ -258,7 +260,7 @@ def test_what_does_not_fit_is_refused(host: Host, tmp_path: Path, seed: int) -> 
             call()
     without: tuple[Kernel, ...] = tuple(kernel for kernel in plan.kernels if kernel.template != "exchange")
     with pytest.raises(ValueError, match="the rank has no exchange kernel"):
-        OneSidedComm(plan.ranks[1], {}, plan.instances[1], without, tmp_path, CPU)
+        OneSidedComm(plan.ranks[1], {}, plan.instances[1], without, tmp_path, CPU, 0.2)
 
 
 def test_the_plan_names_the_kernels(tmp_path: Path, seed: int) -> None:

@@ -75,6 +75,19 @@ def test_launch(tmp_path: Path) -> None:
     assert "| a launch | 3.1 | 1 |" in page and "| an allocation | 1.5 | - |" in page
 
 
+def test_exchange(tmp_path: Path) -> None:
+    times = {"rows": 4, "ours_us": 3.7, "nccl_us": 36.76}
+    rows = [
+        {"op": "exchange", **times, "nccl_our_combine_us": 30.99, "goal_us": 7.0},
+        {"op": "reduce", **times, "nccl_our_norm_us": 9.5, "hidden": 2048},
+    ]
+    write(tmp_path, "exchange", **MACHINE, rows=rows)
+    page = report.page(tmp_path)
+    assert "Machine: two of a GPU; torch 2.9." in page
+    assert "| 4 | 3.70 | 36.76 | 30.99 | 7 |" in page
+    assert "| 4 | 3.70 | 36.76 | 9.50 | 2048 |" in page
+
+
 def test_decode(tmp_path: Path) -> None:
     row = {"layers": 27, "batch": 1, "tokens": 1 << 20, "ttl_us": 5000.4, "tp2_ttl_us": 9000.4, "ratio": 1.8}
     row |= {"floor_share": 0.845, "host_us": 12.3, "kv_capacity_ratio": 1.997}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.manifest import local_length, owner
-from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaProjections, Partial, Projections
+from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaProjections, Norm, Partial, Projections
 from helixc_runtime.ops_torch import TorchOps
 from tests.gpu.kernel_cases import (
     Case,
@@ -22,6 +22,7 @@ from tests.gpu.kernel_cases import (
     mla,
     quantization_error,
     random_case,
+    relative_error,
     to_double,
 )
 
@@ -367,3 +368,26 @@ def test_mismatches_of_tokens_and_scales_are_named() -> None:
 
 def _tail(batch: DecodeBatch) -> tuple[Tensor, Tensor]:
     return batch.owned, batch.slots
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_is_rounded_once_and_normed(dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, residual, bias, weight = (torch.randn(*size, 64, generator=generator).to(dtype) for size in ((5,), (5,), (), ()))
+    ops, norm = TorchOps(gqa(4, 2, 8, 4)), Norm(weight, 1e-5)
+    exact = x.double() + residual.double() + bias.double()
+    out, normed = ops.add_norm(x, residual, bias, norm)
+    half_a_step = torch.finfo(dtype).eps / 2
+    assert ((out.double() - exact).abs() <= 1.01 * half_a_step * exact.abs() + 1e-6).all()
+    scale = torch.rsqrt(out.double().pow(2).mean(1, keepdim=True) + 1e-5)
+    assert relative_error(normed, out.double() * scale * weight.double()) <= (1e-6 if dtype == torch.float32 else 5e-3)
+    same, itself = ops.add_norm(x, None, None, None)
+    assert torch.equal(same, x) and itself is same
+    for wrong, message in (
+        ((x[0], None, None, None), "x has shape"),
+        ((x, residual[1:], None, None), "residual has shape"),
+        ((x, None, bias[1:], None), "bias has shape"),
+        ((x, None, None, Norm(weight[1:], 1e-5)), "norm has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.add_norm(*wrong)

@@ -58,3 +58,16 @@ def test_an_fp8_cache_is_read_with_its_scales() -> None:
 def test_a_schedule_has_no_roofline() -> None:
     plan = plan_of("deepseek-v3-lite", max_seq_len=65536)
     assert roofline(plan, kernel(plan, "mla_schedule"), None) is None
+
+
+def test_what_is_sent_takes_the_link_s_time() -> None:
+    plan = plan_of("deepseek-v3", max_seq_len=65536, cp=4)
+    sums = [k for k in plan.kernels if k.template == "reduce"]
+    exchange, (alone, all_four) = (
+        roofline(plan, kernel(plan, "exchange"), "h200"),
+        (roofline(plan, k, "h200") for k in sums),
+    )
+    assert exchange is not None and (exchange.bytes, exchange.bound) == (3 * 32 * (512 * 2 + 4), "NVLink")
+    assert exchange.seconds == exchange.bytes / 450e9
+    assert alone is not None and (alone.bytes, alone.bound) == (4 * 7168 * 2, "memory")
+    assert all_four is not None and (all_four.bytes, all_four.bound) == (3 * 7168 * 2, "NVLink")

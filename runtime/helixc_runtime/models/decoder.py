@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from helixc_runtime.comm import Comm
 from helixc_runtime.manifest import ModelArch, Rank, split
-from helixc_runtime.models.attention import Keep, make_attention, unchanged
-from helixc_runtime.models.layers import mixture, mlp, rms_norm
+from helixc_runtime.models.attention import Keep, Linear, make_attention, unchanged
+from helixc_runtime.models.layers import mixture, mixture_weights, mlp, mlp_weights, rms_norm
 from helixc_runtime.models.rotary import Rotary
 from helixc_runtime.ops import DecodeBatch, LayerCache, Norm, Ops
 from helixc_runtime.weights import Weights
@@ -94,7 +94,7 @@ class Decoder:
             attended = attention.decode(layer, normed, caches[layer - first], batch, ops, self.comm)
             bias, norm = self.weights.get("o_bias", layer), self._norm("post_norm", layer)
             x, normed = self.comm.reduce(attended, x, bias, norm, ops, f"layer {layer} o_proj")
-            computed = self._ffn(layer, normed)
+            computed = self._ffn_step(layer, normed, ops)
             x, normed = self.comm.reduce(computed, x, None, self._norm_after(layer), ops, f"layer {layer} FFN")
         self.comm.end_step()
         self._pass_on(x)
@@ -104,9 +104,9 @@ class Decoder:
         """Logits of hidden states [N, hidden] after the last layer."""
         return self.head(rms_norm(hidden, self.weights("norm"), self.arch.norm_eps))
 
-    def head(self, normed: Tensor) -> Tensor:
+    def head(self, normed: Tensor, linear: Linear = F.linear) -> Tensor:
         """Logits [N, vocab] float32, the same on every rank of the last stage, of normed hidden states [N, hidden]."""
-        local = F.linear(normed, self.weights("head")).float()
+        local = linear(normed, self.weights("head")).float()
         parts = len(self.rank.groups.ffn_tp)
         sizes = [hi - lo for lo, hi in (split(self.arch.vocab_size, parts, i) for i in range(parts))]
         gathered = self.comm.all_gather(F.pad(local, (0, max(sizes) - local.shape[1])), "ffn_tp")
@@ -144,6 +144,12 @@ class Decoder:
         if self.arch.moe and self.arch.is_moe(layer):
             return mixture(self.weights, layer, self.arch.moe, self.rank, x)
         return mlp(self.weights, layer, x)
+
+    def _ffn_step(self, layer: int, x: Tensor, ops: Ops) -> Tensor:
+        """The same of a decode step's few rows."""
+        if self.arch.is_moe(layer):
+            return ops.mixture(x, mixture_weights(self.weights, layer))
+        return ops.mlp(x, mlp_weights(self.weights, layer))
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         return self.comm.all_reduce(self._own_rows(tokens), "ffn_tp")

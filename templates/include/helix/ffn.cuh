@@ -45,6 +45,7 @@ template <class C> struct GateUp {
   const GateUpArguments& a;
   const RoutingFor<C>& routing;
 
+  HELIX_DEVICE const bfloat16* x() const { return a.x; }
   HELIX_DEVICE int tiles() const { return kAlways + routing.count * kEach; }
   HELIX_DEVICE int units() const { return (C::hidden + kUnitColumns - 1) / kUnitColumns; }
 
@@ -62,7 +63,7 @@ template <class C> struct GateUp {
 #pragma unroll
     for (int t = 0; t < C::eights; ++t) {
       const int token = t * kEight + lane / 4;
-      unit.x[t] = token < a.tokens ? a.x + i64(token) * C::hidden + column : nullptr;
+      unit.x[t] = token < a.tokens ? token * C::hidden + column : -1;
     }
     return unit;
   }
@@ -111,6 +112,7 @@ template <class C> struct Down {
   const DownArguments& a;
   const RoutingFor<C>& routing;
 
+  HELIX_DEVICE const bfloat16* x() const { return a.activated; }
   HELIX_DEVICE int tiles() const { return (C::hidden + kTileRows - 1) / kTileRows; }
   HELIX_DEVICE int units() const { return kAlways + routing.count * kEach; }
 
@@ -123,7 +125,7 @@ template <class C> struct Down {
 #pragma unroll
       for (int t = 0; t < C::eights; ++t) {
         const int token = t * kEight + lane / 4;
-        unit.x[t] = token < a.tokens ? of_token(token) + C::top_k * C::expert_columns + column : nullptr;
+        unit.x[t] = token < a.tokens ? token * kActivated<C> + C::top_k * C::expert_columns + column : -1;
       }
     } else if constexpr (C::experts > 0) {
       const int expert = routing.active[(index - kAlways) / kEach];
@@ -133,13 +135,11 @@ template <class C> struct Down {
       for (int t = 0; t < C::eights; ++t) {
         const int token = t * kEight + lane / 4;
         const int slot = token < a.tokens ? routing.slots[expert][token] : RoutingFor<C>::kNone;
-        unit.x[t] = slot != RoutingFor<C>::kNone ? of_token(token) + slot * C::expert_columns + column : nullptr;
+        unit.x[t] = slot != RoutingFor<C>::kNone ? token * kActivated<C> + slot * C::expert_columns + column : -1;
       }
     }
     return unit;
   }
-
-  HELIX_DEVICE const bfloat16* of_token(int token) const { return a.activated + i64(token) * kActivated<C>; }
 
   // From `column` on, rows `row` and `row + 8` of a matrix [D, columns].
   static HELIX_DEVICE void place(Unit<C::eights>& unit, const bfloat16* weights, int row, int column, int columns) {

@@ -22,6 +22,7 @@ template <class C> struct LinearWork {
 
   HELIX_DEVICE explicit LinearWork(const LinearArguments& a) : a(a), row_tiles((a.rows + kTileRows - 1) / kTileRows) {}
 
+  HELIX_DEVICE const bfloat16* x() const { return a.x; }
   HELIX_DEVICE int tiles() const { return row_tiles * a.matrices; }
   HELIX_DEVICE int units() const { return (a.columns + kUnitColumns - 1) / kUnitColumns; }
 
@@ -36,7 +37,7 @@ template <class C> struct LinearWork {
 #pragma unroll
     for (int t = 0; t < C::eights; ++t) {
       const int token = t * kEight + lane / 4;
-      unit.x[t] = token < a.tokens ? a.x + i64(token) * a.x_token + i64(matrix) * a.x_matrix + column : nullptr;
+      unit.x[t] = token < a.tokens ? token * a.x_token + matrix * a.x_matrix + column : -1;
     }
     return unit;
   }
@@ -57,6 +58,7 @@ template <class C> HELIX_DEVICE void linear(const LinearArguments& a) {
   const LinearWork<C> work(a);
   Skinny<C, LinearWork<C>> skinny(work);
   skinny.fetch();
+  skinny.prefetch();
   wait_for_previous_kernels();
   let_next_kernel_start();
   skinny.run(sums);

@@ -27,7 +27,7 @@ struct Slab { Vector16 low[kSteps], high[kSteps]; };
 // What one lane multiplies: its rows of the tile and its token of each eight, from its own first column of the unit on.
 template <int eights> struct Unit {
   const bfloat16 *low, *high;
-  const bfloat16* x[eights];  // null: no such token, which counts as zeros
+  int x[eights];  // from Work's x on; negative: no such token, which counts as zeros
   int columns;                // until the rows end; 0 or less: there is nothing
 };
 
@@ -47,13 +47,13 @@ template <int eights> HELIX_DEVICE Slab load_slab(const Unit<eights>& unit) {
 }
 
 template <int eights>
-HELIX_DEVICE void load_tokens(Vector16 (&x)[kSteps][eights], const Unit<eights>& unit) {
+HELIX_DEVICE void load_tokens(Vector16 (&to)[kSteps][eights], const bfloat16* x, const Unit<eights>& unit) {
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
     const int at = step * kStepColumns;
 #pragma unroll
     for (int t = 0; t < eights; ++t)
-      x[step][t] = at < unit.columns && unit.x[t] ? load_global(unit.x[t] + at) : zeros();
+      to[step][t] = at < unit.columns && unit.x[t] >= 0 ? load_global(x + unit.x[t] + at) : zeros();
   }
 }
 
@@ -79,7 +79,7 @@ template <class C> struct Sums {
 
 // Work: what is multiplied, with
 //   int tiles() and int units(), the units of a tile
-//   Unit<C::eights> unit(int tile, int unit), of this lane
+//   const bfloat16* x(), and Unit<C::eights> unit(int tile, int unit), of this lane
 //   void store(int tile, const Total&), by all threads of a team, where Total(token, row) is a sum of the tile
 template <class C, class Work> struct Skinny {
   static constexpr int kWarps = C::threads / kWarp, kTeams = kWarps / C::team;
@@ -105,6 +105,15 @@ template <class C, class Work> struct Skinny {
   }
   HELIX_DEVICE void fetch() { fetch(tile < work.tiles() && index < work.units()); }
 
+  // After the first fetch(), before the wait: the next unit of the tile, if there is one, to the L2.
+  HELIX_DEVICE void prefetch() const {
+    if (tile >= work.tiles() || index + C::team >= work.units()) return;
+    const Unit<C::eights> next = work.unit(tile, index + C::team);
+    const int quarter = int(threadIdx.x) % 4;  // four lanes have two rows of two lines each
+    const int column = quarter % 2 * (kUnitColumns / 2) - lane_column();
+    if (column < next.columns) prefetch_line((quarter < 2 ? next.low : next.high) + column);
+  }
+
   // All tiles of this block, after the first fetch().
   HELIX_DEVICE void run(Sums<C>& shared) {
     const int rounds = (work.units() + C::team - 1) / C::team, stride = int(gridDim.x) * kTeams;
@@ -115,7 +124,7 @@ template <class C, class Work> struct Skinny {
       for (int round = 0; round < rounds; ++round) {
         const Slab now = slab;
         Vector16 x[kSteps][C::eights];
-        load_tokens(x, unit);
+        load_tokens(x, work.x(), unit);
         index += C::team;
         if (round == rounds - 1) tile += stride, index = member();
         fetch();

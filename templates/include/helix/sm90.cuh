@@ -217,6 +217,8 @@ HELIX_DEVICE Vector16 load_streamed(const void* from) {
                : "l"(from));
   return v;
 }
+// Asks for the line at `from` to be in the L2 soon.
+HELIX_DEVICE void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 HELIX_DEVICE void store_global(void* to, Vector16 v) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.words[0]), "r"(v.words[1]), "r"(v.words[2]),
                "r"(v.words[3])

@@ -4,7 +4,8 @@
 
 struct Config {
   static constexpr int kv_heads = 8, group = 8, head_dim = 128, block = 64;
-  static constexpr int query_tokens = 1, tile = 64, stages = 4;
+  static constexpr int query_tokens = 1, share_tokens = 1, share_heads = 8;
+  static constexpr int tile = 64, stages = 4;
   static constexpr bool fp8 = false;
   static constexpr float scale = 0.08838834764831845f;
   static constexpr helix::Overlap overlap = helix::Overlap::old_tokens;

@@ -4,7 +4,8 @@
 
 struct Config {
   static constexpr int kv_heads = 2, group = 4, head_dim = 64, block = 32;
-  static constexpr int query_tokens = 4, tile = 128, stages = 8;
+  static constexpr int query_tokens = 4, share_tokens = 4, share_heads = 4;
+  static constexpr int tile = 128, stages = 8;
   static constexpr bool fp8 = true;
   static constexpr float scale = 0.125f;
   static constexpr helix::Overlap overlap = helix::Overlap::old_tokens;

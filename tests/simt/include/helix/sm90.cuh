@@ -119,6 +119,8 @@ HELIX_DEVICE Vector16 load_global(const void* from) {
   return v;
 }
 HELIX_DEVICE Vector16 load_streamed(const void* from) { return load_global(from); }
+// Nothing is seen of it but a fault where there is no memory.
+HELIX_DEVICE void prefetch_line(const void* from) { *static_cast<const volatile u8*>(from); }
 HELIX_DEVICE void store_global(void* to, Vector16 v) { std::memcpy(aligned(to, 16), &v, 16); }
 
 // Others may run between any two of these: a loop of loads sees what they wrote in the meantime.
