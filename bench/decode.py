@@ -327,7 +327,7 @@ def run_layout(
     with Path(os.devnull).open("wb") as silent:
         emit = Emitter(silent.fileno(), rank)
         connection = connect(plan, own, device, timedelta(seconds=DEADLINE_S))
-        decoder = load_decoder(plan, own, make_comm(artifact, own, connection, device), device, emit)
+        decoder = load_decoder(plan, own, make_comm(artifact, own, connection, device, job.deadline_s), device, emit)
         session = Session(job, plan, own, instance, decoder, connection, directory, emit)
         width = pages_needed(instance.max_seq_len, study.block, instance.cp)
         cache = KvCache(plan.model, own, study.block, instance.max_batch_size, width, device)
