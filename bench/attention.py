@@ -131,8 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = Bench(folder, device, found, reader)
         parts = options.only.split(",")
         result: dict[str, Any] = machine()
-        result["versions"] |= {peer.name: peer.version for peer in found}
         result["rows"] = [row for row in earlier_rows(options.out, result) if part_of(row) not in parts]
+        kept = json.loads(options.out.read_text())["peers"] if result["rows"] else {}
+        result["peers"] = kept | {part: {peer.name: peer.version for peer in found} for part in parts}
         for part in parts:
             start = time.monotonic()
             for shape, cases in PARTS[part]:
