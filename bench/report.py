@@ -173,6 +173,7 @@ Repeat with `python bench/decode.py`. TTL of `gen tp1 cp2` and of `gen tp2` in t
 the KV pool filled with random numbers, pages in random order; medians. Models that name their layers are cut to them.
 The floor is what a rank must read, weights (experts: as many as the batch is expected to choose) and KV, at the speed
 of torch's copy in the same run. Host is how much longer a step takes than the GPU works on it.
+{result.get("note", "")}
 """
     sections = [_section("Whole decode steps on two GPUs", text, (), [])]
     for model in dict.fromkeys(row["model"] for row in result["rows"]):
