@@ -36,6 +36,7 @@ def page(results: Path) -> str:
         "steps": steps,
         "exchange": exchange,
         "decode": decode,
+        "ffn": ffn,
         "launch": launch,
         "compiler": compiler,
         "launches": launches,
@@ -59,8 +60,8 @@ def attention(result: dict[str, Any]) -> str:
     text = f"""Machine: {_machine(result)}.
 Repeat with `python bench/attention.py`. FlashInfer and FlashMLA count when they can be imported{absent}.
 One layer's attention, partial and merge, pages of {BLOCK} tokens in random order, launches back to back in a CUDA
-graph; medians, peers interleaved. "Read" is a plain read of the same pages, not overlapped with its neighbours as ours
-is: ours can come out under it. Schedules are not in the times.{sdpa if "torch sdpa" in result["versions"] else ""}
+graph; medians, peers interleaved. "Read" is a plain read of the same pages, its launches overlapped as ours are.
+Schedules are not in the times.{sdpa if "torch sdpa" in result["versions"] else ""}
 """
     sections = [_section("Decode attention", text, (), [])]
     for title, wanted in (
@@ -196,6 +197,37 @@ of torch's copy in the same run. Host is how much longer a step takes than the G
             head = (*head, "vLLM, us", "vLLM / cp2")
             note += VLLM
         sections.append(_section(f"{model}, {chosen[0]['layers']} layers", note, head, rows, level=3))
+    return "\n".join(sections)
+
+
+def ffn(result: dict[str, Any]) -> str:
+    """FFN and projections of few tokens against torch's own."""
+    text = f"""Machine: {_machine(result)}.
+Repeat with `python bench/ffn.py`. One rank's share of one layer in a CUDA graph, weights and tokens rotated past the
+L2; medians, torch interleaved. The floor is the bytes of the weights that the tokens touch, at the
+{result["copy_bandwidth"]:g} TB/s that torch's copy reached in the same run; reading alone can be faster than copying.
+"""
+    sections = [_section("FFN and projections of few tokens", text, (), [])]
+    for op, title in (
+        ("mixture", "Mixture of experts: router, top-k, experts, shared experts, sum"),
+        ("mlp", "Dense gated MLP"),
+        ("linear", "Projections"),
+    ):
+        rows = [
+            (
+                row["case"],
+                f"{row['ours_us']:.2f}",
+                f"{row['torch_us']:.2f}",
+                f"{row['ratio']:.2f}",
+                f"{row['floor_us']:.2f}",
+                f"{row['share']:.0%}",
+            )
+            for row in result["rows"]
+            if row["op"] == op
+        ]
+        if rows:
+            head = ("case", "ours, us", "torch, us", "torch / ours", "floor, us", "share")
+            sections.append(_section(title, "", head, rows, level=3))
     return "\n".join(sections)
 
 

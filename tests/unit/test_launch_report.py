@@ -14,7 +14,8 @@ import numpy
 import pytest
 
 from helixc.launch.driver import Launch, run
-from helixc.launch.launch_plan import Host, plan_launch, runtime_pythonpath
+from helixc.launch.failures import first_cause, reported
+from helixc.launch.launch_plan import Host, Process, plan_launch, runtime_pythonpath
 from helixc.launch.metrics import percentile, summarize
 from helixc.launch.options import LaunchOptions
 from helixc.launch.progress import Progress
@@ -22,6 +23,7 @@ from helixc.launch.prompts import Prompt
 from helixc.launch.record import Record, Verdict
 from helixc.launch.report import milliseconds, table, verdict_text, verified
 from helixc.launch.stream import printable
+from helixc_runtime.comm import PeerTimeout
 from helixc_runtime.events import Event, parse
 from helixc_runtime.job import Difference, Job, Request
 from helixc_runtime.manifest import to_json
@@ -258,3 +260,13 @@ def test_a_failing_rank_gives_exit_1_and_one_message(tmp_path: Path, capfd: pyte
     assert run(launch, LaunchOptions()) == 1
     _, err = capfd.readouterr()
     assert err.count("error: ") == 1 and "exited with code 1" in err and "FileNotFoundError" in err
+
+
+def test_a_wait_in_vain_is_the_cause_only_alone() -> None:
+    """A rank whose kernel gave up waiting for a peer says less than what became of that peer."""
+    waiting, failing = (Process(name, name, (), {}, "log") for name in ("rank 0", "rank 1"))
+    error = PeerTimeout("rank 0 waited 60 s for rank 1 in vain: layer 3 FFN, decode step 7")
+    waited = reported(waiting, f"{type(error).__name__}: {error}", 1.0)
+    failed = reported(failing, "ValueError: weights of layer 7 are missing", 2.0)
+    assert first_cause([waited, failed]) is failed
+    assert first_cause([waited]) is waited
