@@ -49,6 +49,7 @@ bench: ## what needs a GPU in bench/, with $(PYTHON)'s own packages; then make b
 	$(PYTHON) bench/launch.py
 	$(PYTHON) bench/steps.py
 	$(PYTHON) bench/attention.py
+	$(PYTHON) bench/decode.py # on two GPUs
 
 setup: $(VENV)/.installed-dev ## only install, with what development needs
 

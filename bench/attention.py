@@ -131,8 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = Bench(folder, device, found, reader)
         parts = options.only.split(",")
         result: dict[str, Any] = machine()
-        result["versions"] |= {peer.name: peer.version for peer in found}
         result["rows"] = [row for row in earlier_rows(options.out, result) if part_of(row) not in parts]
+        kept = json.loads(options.out.read_text())["peers"] if result["rows"] else {}
+        result["peers"] = kept | {part: {peer.name: peer.version for peer in found} for part in parts}
         for part in parts:
             start = time.monotonic()
             for shape, cases in PARTS[part]:
@@ -246,8 +247,8 @@ def pool(shape: AttentionShape, device: torch.device) -> tuple[LayerCache, Layer
     matrices = 1 if shape.is_mla else 2
     pages = max(POOL_BYTES // (matrices * 2 * math.prod(size)), LEAST_PAGES)
     wide = [torch.empty(pages, *size, dtype=torch.bfloat16, device=device) for _ in range(matrices)]
-    narrow = [torch.empty(t.shape, dtype=torch.float8_e4m3fn, device=device) for t in wide if shape.scale_groups]
-    scale_size = (pages, *size[:-1], shape.scale_groups)
+    narrow = [torch.empty(t.shape, dtype=torch.float8_e4m3fn, device=device) for t in wide if shape.scale_bytes]
+    scale_size = (pages, *size[:-1], shape.scale_bytes)
     scales = [torch.empty(scale_size, dtype=torch.uint8, device=device) for _ in narrow]
     for i, tensor in enumerate(wide):
         for at in range(0, pages, K):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +31,7 @@ class Problem:
     def kv_bytes(self) -> int:
         """Of one page table, FP8 scales included."""
         shape = self.shape
-        token = shape.head_dim * self.cache.k.element_size() + shape.scale_groups
+        token = shape.head_dim * self.cache.k.element_size() + shape.scale_bytes
         return sum(self.lengths) * shape.kv_heads * token * (1 if shape.is_mla else 2)
 
     @property
@@ -57,19 +60,30 @@ def peers() -> list[Peer]:
     except ImportError as error:
         print(f"FlashInfer is not here: {error}")
     else:
-        version = str(flashinfer.__version__)
-        found.append(Peer("flashinfer", version, lambda p: _bfloat16(p) and not p.shape.is_mla, flashinfer_gqa))
+        release = str(flashinfer.__version__)
+        found.append(Peer("flashinfer", release, lambda p: _bfloat16(p) and not p.shape.is_mla, flashinfer_gqa))
         for backend in ("fa2", "fa3"):
             prepare = flashinfer_mla(backend)
-            found.append(Peer(f"flashinfer {backend}", version, lambda p: _bfloat16(p) and p.shape.is_mla, prepare))
+            found.append(Peer(f"flashinfer {backend}", release, lambda p: _bfloat16(p) and p.shape.is_mla, prepare))
     try:
-        import flash_mla
+        _, release = flash_mla()
     except ImportError as error:
         print(f"FlashMLA is not here: {error}")
     else:
-        version = str(getattr(flash_mla, "__version__", "?"))
-        found.append(Peer("flashmla", version, lambda p: _bfloat16(p) and p.shape.is_mla, flashmla))
+        found.append(Peer("flashmla", release, lambda p: _bfloat16(p) and p.shape.is_mla, flashmla))
     return found
+
+
+def flash_mla() -> tuple[Any, str]:
+    """FlashMLA's module and version: from its own repository, or as SGLang ships it (package sglang-kernel)."""
+    try:
+        module = import_module("flash_mla")
+    except ImportError:
+        module = import_module("sgl_kernel.flash_mla")
+        if (error := getattr(module, "_flashmla_import_error", None)) is not None:
+            raise ImportError(f"sglang-kernel: {error}") from error
+        return module, f"of sglang-kernel {version('sglang-kernel')}"
+    return module, str(getattr(module, "__version__", "?"))
 
 
 def _bfloat16(problem: Problem) -> bool:
@@ -160,17 +174,15 @@ def flashinfer_mla(backend: str) -> Callable[[Problem], Attention]:
 
 def flashmla(problem: Problem) -> Attention:
     """FlashMLA's dense decode; its schedule kernel is left out, like ours."""
-    import flash_mla
-
-    shape = problem.shape
+    (module, _), shape = flash_mla(), problem.shape
     lengths = torch.tensor(problem.lengths, dtype=torch.int32, device=problem.q.device)
-    plan = flash_mla.get_mla_metadata(lengths, shape.heads * shape.query_tokens, 1)
+    plan = module.get_mla_metadata(lengths, shape.heads * shape.query_tokens, 1)
     q = problem.q.view(-1, shape.query_tokens, *problem.q.shape[1:])  # [B, T, H, D]
     cache = problem.cache.k.unsqueeze(2)
 
     def launch(i: int) -> Tensor:
         options = {"softmax_scale": shape.scale, "causal": shape.query_tokens > 1}
-        o, _ = flash_mla.flash_mla_with_kvcache(q, cache, problem.tables[i], lengths, 512, *plan, **options)
+        o: Tensor = module.flash_mla_with_kvcache(q, cache, problem.tables[i], lengths, 512, *plan, **options)[0]
         return o.flatten(0, 1)
 
     return launch

@@ -163,8 +163,8 @@ def appends(bench: Bench, shape: AttentionShape) -> Iterator[Step]:
 
 def cached_bytes(shape: AttentionShape) -> int:
     """What one token takes in the cache."""
-    element = 1 if shape.scale_groups else 2
-    width = shape.head_dim * element + shape.scale_groups
+    element = 1 if shape.scale_bytes else 2
+    width = shape.head_dim * element + shape.scale_bytes
     return shape.kv_heads * width * (1 if shape.is_mla else 2)
 
 
@@ -200,13 +200,11 @@ def random_batch(shape: AttentionShape, batch: int, device: torch.device) -> Dec
 def empty_cache(shape: AttentionShape, device: torch.device) -> LayerCache:
     size = (PAGES, BLOCK) if shape.is_mla else (PAGES, shape.kv_heads, BLOCK)
     count = 1 if shape.is_mla else 2
-    dtype = torch.float8_e4m3fn if shape.scale_groups else torch.bfloat16
+    dtype = torch.float8_e4m3fn if shape.scale_bytes else torch.bfloat16
     k, *v = (torch.zeros(*size, shape.head_dim, device=device).to(dtype) for _ in range(count))
     scales: list[Tensor | None] = [None, None]
-    if shape.scale_groups:
-        scales[:count] = (
-            torch.zeros(*size, shape.scale_groups, dtype=torch.uint8, device=device) for _ in range(count)
-        )
+    if shape.scale_bytes:
+        scales[:count] = (torch.zeros(*size, shape.scale_bytes, dtype=torch.uint8, device=device) for _ in range(count))
     return LayerCache(k, v[0] if v else None, *scales)
 
 

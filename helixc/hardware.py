@@ -37,3 +37,6 @@ GPUS = {
 # Seconds that an exchange of a few kilobytes takes at least: assumptions, to be replaced by measurements.
 NVLINK_LATENCY = 8e-6
 NETWORK_LATENCY = 20e-6
+# Bytes that a rank sends to all others of its group, up to which a sum in one shot beats NCCL's all-reduce. Between two
+# H200 it takes half as long even for 14 MB (bench/exchange.py); more ranks, which favour NCCL, are not measured.
+ONE_SHOT_BYTES = 8 << 20

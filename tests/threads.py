@@ -16,10 +16,11 @@ from torch import Tensor
 
 from helixc_runtime import comm, engine, handoff
 from helixc_runtime.attention_shape import attention_shape
-from helixc_runtime.comm import Connection, TorchComm
+from helixc_runtime.comm import Comm, Connection, TorchComm
 from helixc_runtime.engine import Session, load_decoder, serve_context, serve_generation
+from helixc_runtime.ffn_shape import ffn_shape
 from helixc_runtime.job import Job, Request
-from helixc_runtime.manifest import Plan
+from helixc_runtime.manifest import Plan, Rank
 from helixc_runtime.ops_torch import TorchOps
 
 GROUPS = ("tp", "cp", "pp", "ffn_tp", "moe_tp", "moe_ep")
@@ -68,18 +69,22 @@ class ThreadDist:
     def send(self, x: Tensor, rank: int, group: tuple[int, ...]) -> None:
         pair = (self._own.rank, rank)
         self._record("send", pair, x)
-        self._boxes["pipeline", pair].put(x.clone())
+        self._box("pipeline", pair).put(x.clone())
 
     def isend(self, x: Tensor, rank: int, tag: int) -> Any:
         pair = (self._own.rank, rank)
         self._record("post", pair, x)
-        self._boxes[tag, pair].put(x.clone())
+        self._box(tag, pair).put(x.clone())
         return _Sent()
 
     def recv(self, x: Tensor, rank: int, group: object = None, tag: int = 0) -> None:
         pair = (rank, self._own.rank)
         self._record("take" if group is None else "recv", pair, x)
-        x.copy_(self._boxes[tag if group is None else "pipeline", pair].get(timeout=WAIT_S))
+        x.copy_(self._box(tag if group is None else "pipeline", pair).get(timeout=WAIT_S))
+
+    def _box(self, tag: object, pair: tuple[int, int]) -> queue.Queue[Tensor]:
+        with self._lock:  # both ends may ask first
+            return self._boxes[tag, pair]
 
     def _record(self, kind: str, ranks: tuple[int, ...], x: Tensor, source: int | None = None) -> None:
         self.calls[self._own.rank].append(Call(kind, ranks, x.numel() * x.element_size(), source))
@@ -118,19 +123,34 @@ class _Store:
         return all(key in self._values for key in keys)
 
 
-class _Silent:
-    def emit(self, event: str, **fields: object) -> None: ...
+class Events:
+    """What every rank has told, in order."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, dict[str, Any]]] = []
+
+    def emit(self, event: str, **fields: Any) -> None:
+        self.told.append((event, fields))
 
 
 def calls_of(
-    plan: Plan, requests: tuple[Request, ...], run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Plan,
+    requests: tuple[Request, ...],
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_comm: Callable[[Rank, Any], Comm] = TorchComm,
+    keep_logits: bool = False,
+    events: Events | None = None,
 ) -> dict[int, list[Call]]:
-    """Serve `requests` with every rank of `plan`, as worker processes would; all calls of each rank, in order."""
+    """Serve `requests` with every rank of `plan`, as worker processes would; all calls of each rank, in order.
+
+    `make_comm` is called with a rank and its groups, for generation ranks. Logits are kept in `run_dir`.
+    """
     fake, store = ThreadDist(), _Store()
     for module in (comm, engine, handoff):
         monkeypatch.setattr(module, "dist", fake)
     monkeypatch.setattr(comm, "_all_gather", fake.all_gather)
-    job = Job("", None, "cpu", requests, False, WAIT_S, 1)
+    job = Job("", None, "cpu", requests, keep_logits, WAIT_S, 1)
     errors: list[BaseException] = []
 
     def serve(index: int) -> None:
@@ -139,14 +159,16 @@ def calls_of(
         instance = plan.instance_of(rank)
         groups = {name: getattr(rank.groups, name) for name in GROUPS if len(getattr(rank.groups, name)) > 1}
         connection = Connection(cast(Any, groups), cast(Any, instance.ranks), cast(Any, store))
-        silent, device = cast(Any, _Silent()), torch.device("cpu")
+        emit, device = cast(Any, events or Events()), torch.device("cpu")
         with torch.inference_mode():
-            decoder = load_decoder(plan, rank, TorchComm(rank, cast(Any, groups)), device, silent)
-            session = Session(job, plan, rank, instance, decoder, connection, run_dir, silent)
+            own = make_comm if rank.role == "generation" else TorchComm
+            decoder = load_decoder(plan, rank, own(rank, cast(Any, groups)), device, emit)
+            session = Session(job, plan, rank, instance, decoder, connection, run_dir, emit)
             if rank.role == "context":
                 serve_context(session)
             else:
-                serve_generation(session, TorchOps(attention_shape(plan.model, rank, plan.tokens_per_block)))
+                shape = attention_shape(plan.model, rank, plan.tokens_per_block)
+                serve_generation(session, TorchOps(shape, ffn_shape(plan.model, rank, instance)))
 
     _run_all([_guarded(serve, index, errors) for index in range(len(plan.ranks))])
     if errors:

@@ -14,6 +14,7 @@ _THREADS = 128
 _WARP = 32
 _VECTOR_BYTES = 16  # the widest load and store of one thread
 _HOPPER_SHARED = 231_424  # what the MLA partial uses of the 232,448 bytes a thread block may have
+_SKINNY_THREADS = 256  # two thread blocks fill a multiprocessor: 512 threads keep 64 to 128 KiB of loads under way
 _EXCHANGE_THREADS = 64  # few, so that a row's heads are spread over the multiprocessors
 _GQA_TILES = {"bfloat16": 64, "float8_e4m3fn": 128}  # tokens, 32 KiB of K and V at D 128
 _HEAD_TILES = (8, 4, 2, 1)
@@ -36,6 +37,8 @@ class KernelConfig:
     dynamic_shared: int | None = None  # bytes of shared memory that the launch gives
     lanes: int | None = None  # of a warp that share one vector of columns
     columns: int | None = None  # of a vector that a lane moves at a time
+    blocks: int | None = None  # thread blocks that fill a multiprocessor
+    team: int | None = None  # warps that share the columns of a tile of weights
     batch: int | None = None  # parts that a thread has on their way at once
 
     @property
@@ -70,10 +73,20 @@ def configure(spec: KernelSpec) -> KernelConfig:
             return _gqa_partial(spec)
         case "combine" | "merge":
             return _combine(spec)
+        case "batch":
+            return KernelConfig(spec, threads=64)
         case "exchange":
             return KernelConfig(spec, threads=_EXCHANGE_THREADS)
         case "reduce":
             return _reduce(spec)
+        case "router":
+            return KernelConfig(spec, _THREADS)
+        case "linear":
+            return KernelConfig(spec, _SKINNY_THREADS, blocks=2)
+        case "gate_up":
+            return KernelConfig(spec, _SKINNY_THREADS, blocks=2, team=_SKINNY_THREADS // _WARP)
+        case "down":  # it has about as many tiles as there are multiprocessors: one thread block each, of all its warps
+            return KernelConfig(spec, 2 * _SKINNY_THREADS, blocks=1, team=2 * _SKINNY_THREADS // _WARP)
         case _:
             return KernelConfig(spec, _THREADS)
 
@@ -123,7 +136,7 @@ def _mla_fp8_partial(spec: KernelSpec) -> KernelConfig:
     """As many tiles in flight as fit beside the queries."""
     width = next(n for n in (16, 32, 64) if n >= min(_mla_queries(spec), 64))
     stages = 4 if width == 64 else 5
-    used = width * (1152 + 128 + 8) + stages * (64 * 581 + 16) + 1024 + 32 + 32  # MlaFp8Shared, mla_fp8_layout.cuh
+    used = width * (1152 + 128 + 32) + stages * (64 * 577 + 16) + 16 + 48  # MlaFp8Shared, mla_fp8_layout.cuh
     return KernelConfig(spec, threads=512, stages=stages, cluster=_mla_cluster(spec), width=width, dynamic_shared=used)
 
 

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from helixc_runtime.attention_shape import AttentionShape
-from helixc_runtime.manifest import Dtype
+from helixc_runtime.ffn_shape import EIGHTS, FfnShape
+from helixc_runtime.manifest import Dtype, Moe
 from helixc_runtime.switches import read_switches
 
 Param = int | float | str | bool
 Params = tuple[tuple[str, Param], ...]
 
+MOST_EXPERTS = 256  # of one rank: whom they serve has to fit beside the sums in static shared memory
+LINEAR_TEAMS = (1, 2, 4, 8)  # warps that share a tile's columns: a choice for each number of columns
 _MOST_QUERIES, _MOST_SHARES = 16, 8  # of a thread block of Hopper's GQA kernel; of the queries that read one KV head
 _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float8_e4m3fn": "f8"}
 
@@ -63,16 +66,74 @@ def exchange(shape: AttentionShape, cp: int, arch: str) -> KernelSpec:
     return KernelSpec(name, "exchange", params, arch)
 
 
-def reduce(members: int, hidden: int, eps: float, bias: bool, dtype: Dtype, arch: str) -> KernelSpec:
+def batch(shape: AttentionShape, factor: float, arch: str) -> KernelSpec:
+    """What a step derives from its rows' positions; `factor` multiplies cos and sin."""
+    params: Params = (("rope_dim", shape.rope_dim), ("block", shape.block), ("factor", factor))
+    return KernelSpec(f"batch_r{shape.rope_dim}_b{shape.block}", "batch", params, arch)
+
+
+def reduce(members: int, hidden: int, eps: float, dtype: Dtype, arch: str) -> KernelSpec:
     """The sum over `members` ranks that write into each other's memory, added to the residual stream and normed."""
-    params: Params = (("members", members), ("hidden", hidden), ("eps", eps), ("bias", bias), ("dtype", dtype))
-    name = f"reduce_n{members}_d{hidden}{'_bias' if bias else ''}_{_SHORT[dtype]}"
-    return KernelSpec(name, "reduce", params, arch)
+    params: Params = (("members", members), ("hidden", hidden), ("eps", eps), ("dtype", dtype))
+    return KernelSpec(f"reduce_n{members}_d{hidden}_{_SHORT[dtype]}", "reduce", params, arch)
+
+
+@lru_cache(maxsize=256)
+def ffn(shape: FfnShape, max_rows: int, arch: str) -> tuple[KernelSpec, ...]:
+    """The kernels of Ops.mlp, Ops.mixture and Ops.linear for up to `max_rows` tokens; none where torch serves better.
+
+    They take bfloat16, and widths that are whole loads of 16 bytes. More tokens than EIGHTS has are torch's.
+    """
+    widths = (shape.hidden, shape.dense_columns, shape.expert_columns, shape.shared_columns)
+    if shape.dtype != "bfloat16" or any(width % 8 for width in widths) or shape.local_experts > MOST_EXPERTS:
+        return ()
+    eights = [n for n in EIGHTS if n == 1 or 8 * (n - 1) < max_rows]
+    found = [_linear(team, n, arch) for n in eights for team in LINEAR_TEAMS]
+    if shape.dense_columns:
+        found += [spec for n in eights for spec in _gated(shape.hidden, shape.dense_columns, None, n, arch)]
+    if shape.moe and shape.local_experts:
+        found.append(_router(shape.moe, shape.hidden, arch))
+        found += [spec for n in eights for spec in _gated(shape.hidden, shape.shared_columns, shape, n, arch)]
+    return tuple(found)
+
+
+def _linear(team: int, eights: int, arch: str) -> KernelSpec:
+    return KernelSpec(f"linear_w{team}_n{8 * eights}", "linear", (("team", team), ("eights", eights)), arch)
+
+
+def _router(moe: Moe, hidden: int, arch: str) -> KernelSpec:
+    params: Params = (("experts", moe.experts), ("hidden", hidden))
+    return KernelSpec(f"router_e{moe.experts}_d{hidden}", "router", params, arch)
+
+
+def _gated(hidden: int, always: int, mixture: FfnShape | None, eights: int, arch: str) -> tuple[KernelSpec, KernelSpec]:
+    """The two kernels of a gated MLP, or of a mixture of them with or without shared experts."""
+    moe = mixture.moe if mixture else None
+    params: Params = (
+        ("hidden", hidden),
+        ("always_columns", always),
+        ("expert_columns", mixture.expert_columns if mixture else 0),
+        ("experts", moe.experts if moe else 0),
+        ("local_experts", mixture.local_experts if mixture else 0),
+        ("top_k", moe.top_k if moe else 0),
+        ("sigmoid", moe is not None and moe.scoring == "sigmoid"),
+        ("top2_sum", moe is not None and moe.group_score == "top2_sum"),
+        ("normalize", moe is not None and moe.normalize),
+        ("groups", moe.groups if moe else 1),
+        ("top_groups", moe.top_groups if moe else 1),
+        ("route_scale", float(moe.scale) if moe else 1.0),
+        ("eights", eights),
+    )
+    dims = f"d{hidden}_i{always}" if always else f"d{hidden}"
+    if mixture and moe:
+        dims += f"_e{mixture.local_experts}of{moe.experts}k{moe.top_k}_i{mixture.expert_columns}"
+    up, down = (KernelSpec(f"{name}_{dims}_n{8 * eights}", name, params, arch) for name in ("gate_up", "down"))
+    return up, down
 
 
 def _hopper_mla(shape: AttentionShape) -> bool:
     dims = (shape.head_dim, shape.partial_dim) == (576, 512)
-    sizes = shape.heads in (16, 32, 64, 128) and shape.query_tokens in (1, 2, 3, 4) and shape.block in (32, 64)
+    sizes = shape.heads in range(8, 129, 8) and shape.query_tokens in (1, 2, 3, 4) and shape.block in (32, 64)
     cached = shape.dtype == "bfloat16" and shape.kv_dtype in ("bfloat16", "float8_e4m3fn")
     return cached and shape.is_mla and dims and sizes
 
@@ -109,7 +170,12 @@ def _mla_merge(shape: AttentionShape, arch: str) -> KernelSpec:
 
 
 def _row_tokens(shape: AttentionShape) -> int:
-    """Query tokens that are one row of the schedule: as many, a divisor of all, as have 128 heads in one cluster."""
+    """Query tokens that are one row of the schedule: as many, a divisor of all, as have 128 heads in one cluster.
+
+    A warp computes 16 of them, of one token.
+    """
+    if shape.heads % 16:
+        return 1
     return max(n for n in range(1, shape.query_tokens + 1) if shape.query_tokens % n == 0 and shape.heads * n <= 128)
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from helixc.codegen.problem import KernelSpec, problems
-from helixc_runtime.attention_shape import attention_shape
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from helixc.codegen.problem import KernelSpec, batch, exchange, ffn, problems, reduce
+from helixc_runtime.attention_shape import AttentionShape, attention_shape
+from helixc_runtime.ffn_shape import FfnShape, ffn_shape
 from helixc_runtime.manifest import Instance, Model, Plan, Rank
 
 
 def select(plan: Plan, arches: tuple[str, ...]) -> tuple[KernelSpec, ...]:
     """Every distinct kernel of the plan for each architecture, in the order of the ranks that first need it."""
-    cp = {(instance.role, instance.index): instance.cp for instance in plan.instances}
-    shapes = dict.fromkeys(
-        (attention_shape(plan.model, rank, plan.tokens_per_block), cp[rank.role, rank.instance])
+    instances = {(instance.role, instance.index): instance for instance in plan.instances}
+    needs = dict.fromkeys(
+        _needs(plan.model, rank, instances[rank.role, rank.instance], plan.tokens_per_block)
         for rank in plan.ranks
         if rank.role == "generation"
     )
-    specs = dict.fromkeys(spec for arch in arches for shape, size in shapes for spec in problems(shape, size, arch))
+    specs = dict.fromkeys(spec for arch in arches for need in needs for spec in _specs(plan.model, *need, arch))
     assert len({(spec.name, spec.arch) for spec in specs}) == len(specs), "two problems share a name"
     return tuple(specs)
 
@@ -24,5 +28,39 @@ def names_for(arches: tuple[str, ...], model: Model, rank: Rank, instance: Insta
     """Names of the kernels `rank` of `instance` runs on any of `arches`; context ranks prefill in torch, with none."""
     if instance.role == "context":
         return ()
-    shape = attention_shape(model, rank, block)
-    return tuple(dict.fromkeys(spec.name for arch in arches for spec in problems(shape, instance.cp, arch)))
+    needs = _needs(model, rank, instance, block)
+    return tuple(dict.fromkeys(spec.name for arch in arches for spec in _specs(model, *needs, arch)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Traits:
+    """What the choice needs to know of an instance."""
+
+    cp: int
+    ffn_tp: int
+    one_sided_exchange: bool
+    one_sided_reduction: bool
+    rows: int
+
+
+_Needs = tuple[AttentionShape, FfnShape, _Traits]
+
+
+def _needs(model: Model, rank: Rank, instance: Instance, block: int) -> _Needs:
+    return attention_shape(model, rank, block), ffn_shape(model, rank, instance), _traits(instance)
+
+
+def _traits(instance: Instance) -> _Traits:
+    one_sided = instance.exchange == "one_sided", instance.reduce_rows > 0
+    return _Traits(instance.cp, instance.tp * instance.cp, *one_sided, instance.max_batch_size)
+
+
+def _specs(model: Model, shape: AttentionShape, own_ffn: FfnShape, traits: _Traits, arch: str) -> Iterator[KernelSpec]:
+    """The kernels of one rank. Those of the fallbacks are there too: a sum of many rows is collective anyway."""
+    yield from problems(shape, traits.cp, arch)
+    yield batch(shape, model.arch.rope.attention_factor, arch)
+    if traits.one_sided_exchange:
+        yield exchange(shape, traits.cp, arch)
+    for members in (1, traits.ffn_tp) if traits.one_sided_reduction else (1,):
+        yield reduce(members, model.arch.hidden_size, model.arch.norm_eps, model.dtype, arch)
+    yield from ffn(own_ffn, traits.rows, arch)

@@ -1,11 +1,11 @@
 """The order in which every rank communicates, read off the plan, and the proof that nobody waits forever.
 
 The orders here are those of helixc_runtime (engine.py, models/decoder.py, handoff.py), operation for operation; a test
-records what the runtime does and compares. A launch is made of three phases, each of which ends by itself:
+records what the runtime does and compares. A launch is made of phases, each of which ends by itself:
 
 - prefill of one prompt by a context instance, up to its first token;
-- the handoff of that prompt's KV to a generation instance;
-- one decode step of a generation instance, from the admission of new requests to the chosen tokens.
+- admission to a generation instance, while requests wait, and the handoff of each prompt's KV to it;
+- one decode step of a generation instance, up to the chosen tokens.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def collectives(plan: Plan) -> Iterator[str]:
         for moved in by_request(plan, source, target):
             yield from (f"handoff: {flaw}" for flaw in flaws(handoff(plan, source, target, moved)))
     for instance in generations:
+        admitted = {rank.rank: admission(instance) for rank in members(plan, instance)}
+        yield from (f"{label(instance)}, admission: {flaw}" for flaw in flaws(admitted))
         yield from (f"{label(instance)}, decode: {flaw}" for flaw in _strangers(plan, instance))
         programs = {rank.rank: decode_step(plan, instance, rank) for rank in members(plan, instance)}
         yield from (f"{label(instance)}, decode: {flaw}" for flaw in flaws(programs))
@@ -41,13 +43,20 @@ def prefill(plan: Plan, instance: Instance, rank: Rank) -> Program:
     return [*_stage(plan, rank, exchange=False), *_logits(plan, rank), *_token(instance, 1)]
 
 
+def admission(instance: Instance) -> Program:
+    """What a generation rank issues to learn which requests start; once more when the last has ended."""
+    return list(_control(instance, instance.ranks[0], 2 * instance.max_batch_size + 1, "admission"))
+
+
 def decode_step(plan: Plan, instance: Instance, rank: Rank) -> Program:
-    """What a generation rank issues in one step; under attention dp also for the rows of others, as empty ones."""
+    """What a generation rank issues in one step; under attention dp also for the rows of others, as empty ones.
+
+    Only in several stages are the tokens told: the ranks of one stage gather the same logits, and choose the same.
+    """
     return [
-        *_control(instance, instance.ranks[0], 2 * instance.max_batch_size, "admission"),
         *_stage(plan, rank, exchange=True),
         *_logits(plan, rank),
-        *_token(instance, instance.max_batch_size),
+        *(_token(instance, instance.max_batch_size) if instance.pp > 1 else ()),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from helixc.hardware import ONE_SHOT_BYTES
 from helixc.plan.lower import Deployment, Layout
 from helixc.plan.mapping import Mapping
 from helixc.plan.parameters import parameters
@@ -12,6 +13,7 @@ from helixc.plan.shards import elements, expert_range, head_ranges, pieces
 from helixc.plan.transfers import transfers
 from helixc_runtime.attention_shape import MAX_PROCESSORS, MAX_SPLITS
 from helixc_runtime.manifest import DTYPE_BYTES, SCHEMA, Instance, Kernel, Memory, Model, Piece, Plan, Rank
+from helixc_runtime.switches import read_switches
 
 KernelNames = Callable[[Model, Rank, Instance, int], tuple[str, ...]]  # the last is tokens a block
 
@@ -31,14 +33,20 @@ def place(deployment: Deployment, kernels_for: KernelNames) -> Plan:
     ranks: list[Rank] = []
     instances: list[Instance] = []
     for layout in layouts:
-        templates = _templates(deployment, layout, kernels_for)
+        templates = _templates(deployment, layout)
+        names: dict[tuple[object, ...], tuple[str, ...]] = {}
         slot = 0 if deployment.hardware.share_gpus else len(ranks)  # first GPU of the role, in placement order
         for index in range(layout.num_instances):
             first = len(ranks)
-            instances.append(_instance(layout, index, first))
+            start = slot + index * layout.mapping.world
+            instance = _instance(deployment, layout, index, first, start)
+            instances.append(instance)
             for template in templates:
                 local = template.rank.local_rank
-                node, device = divmod(slot + index * layout.mapping.world + local, deployment.hardware.gpus_per_node)
+                node, device = divmod(start + local, deployment.hardware.gpus_per_node)
+                key = (local, instance.exchange, instance.reduce_rows)
+                if key not in names:
+                    names[key] = kernels_for(deployment.model, template.rank, instance, deployment.tokens_per_block)
                 ranks.append(
                     replace(
                         template.rank,
@@ -48,6 +56,7 @@ def place(deployment: Deployment, kernels_for: KernelNames) -> Plan:
                         device=device,
                         groups=layout.mapping.groups(local, first),
                         shard=shards.setdefault(template.pieces, len(shards)),
+                        kernels=names[key],
                     )
                 )
     reference = _reference(deployment)
@@ -71,7 +80,7 @@ def with_kernels(plan: Plan, kernels: tuple[Kernel, ...]) -> Plan:
     return replace(plan, kernels=kernels)
 
 
-def _templates(deployment: Deployment, layout: Layout, kernels_for: KernelNames) -> list[Template]:
+def _templates(deployment: Deployment, layout: Layout) -> list[Template]:
     weights = parameters(deployment.model.arch)
     found = []
     for local in range(layout.mapping.world):
@@ -101,8 +110,7 @@ def _templates(deployment: Deployment, layout: Layout, kernels_for: KernelNames)
             memory=rank_memory(deployment.model, layout, own, layout.stages[at.pp], q, kv),
             kernels=(),
         )
-        names = kernels_for(deployment.model, rank, _instance(layout, 0, 0), deployment.tokens_per_block)
-        found.append(Template(replace(rank, kernels=names), own))
+        found.append(Template(rank, own))
     return found
 
 
@@ -126,18 +134,36 @@ def rank_memory(
 
 
 def _workspace(model: Model, layout: Layout, heads: int) -> int:
-    """Decode: split partials and their LSE in float32, then what is sent and received in the exchange."""
+    """Decode: split partials and their LSE in float32, then what is sent and received in the exchange, or its inboxes
+    in two halves, and the reduction's inboxes.
+    """
     if layout.role == "context":
         return 0
     rows, width = layout.max_batch_size * heads, model.arch.partial_dim
     # The portable kernels' partials of every row, or Hopper's: two a multiprocessor, whatever the rows.
     splits = max(MAX_SPLITS * rows, 2 * MAX_PROCESSORS * heads) * (width + 1) * 4
     exchange = 2 * rows * (width * DTYPE_BYTES[model.dtype] + 4)
-    return splits + exchange
+    inboxes = 2 * layout.mapping.ffn_tp * _one_shot_rows(model, layout) * model.arch.hidden_size
+    return splits + exchange + inboxes * DTYPE_BYTES[model.dtype]
 
 
-def _instance(layout: Layout, index: int, first: int) -> Instance:
+def _one_shot_rows(model: Model, layout: Layout) -> int:
+    """The largest batch whose sum over the repurposed ranks is best made by everyone sending everything."""
+    others = layout.mapping.ffn_tp - 1
+    row = others * model.arch.hidden_size * DTYPE_BYTES[model.dtype]
+    return min(layout.max_batch_size, ONE_SHOT_BYTES // row) if others else 0
+
+
+def _instance(deployment: Deployment, layout: Layout, index: int, first: int, start: int) -> Instance:
+    """Instance `index` of a layout, its ranks from `first` on the GPUs from `start`."""
     mapping = layout.mapping
+    one_sided = layout.role == "generation" and not read_switches().collectives
+
+    def share_hosts(size: int) -> bool:
+        """Whether each group of `size` consecutive ranks, more than one, sits on one host."""
+        per_node, ends = deployment.hardware.gpus_per_node, range(start, start + mapping.world, size)
+        return one_sided and size > 1 and all(end // per_node == (end + size - 1) // per_node for end in ends)
+
     return Instance(
         role=layout.role,
         index=index,
@@ -151,6 +177,8 @@ def _instance(layout: Layout, index: int, first: int) -> Instance:
         max_batch_size=layout.max_batch_size,
         max_seq_len=layout.max_seq_len,
         free_gpu_memory_fraction=layout.free_gpu_memory_fraction,
+        exchange="one_sided" if share_hosts(mapping.cp) else "collective",
+        reduce_rows=_one_shot_rows(deployment.model, layout) if share_hosts(mapping.ffn_tp) else 0,
     )
 
 
@@ -163,7 +191,7 @@ def _reference(deployment: Deployment) -> Template:
         attention_dp=False,
         stages=((0, deployment.model.arch.num_layers),),
     )
-    return _templates(deployment, whole, lambda *_: ())[0]
+    return _templates(deployment, whole)[0]
 
 
 def _name(layout: Layout) -> str:

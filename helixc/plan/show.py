@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from helixc.diagnostics import counted
 from helixc.table import aligned, byte_size
 from helixc_runtime.manifest import Instance, Memory, Model, Plan, Range, Rank
 
@@ -54,6 +55,7 @@ def _role(plan: Plan, instances: Sequence[Instance]) -> Iterator[str]:
     yield f"  ffn        the same ranks as pp {first.pp} x tp {first.tp * first.cp}{_moe(plan.model, first)}"
     if first.cp > 1:
         yield f"  KV         block j ({plan.tokens_per_block} tokens) of a request belongs to cp rank j % {first.cp}"
+    yield from _transports(first)
     yield f"  batch      at most {first.max_batch_size} requests of at most {first.max_seq_len:,} tokens"
     ranks = [plan.ranks[r] for r in first.ranks]
     columns = list(zip(_HEAD, *map(_row, ranks), strict=True))
@@ -63,6 +65,23 @@ def _role(plan: Plan, instances: Sequence[Instance]) -> Iterator[str]:
     if len(instances) > 1:
         others = f"ranks {instances[1].ranks[0]} to {instances[-1].ranks[-1]}"
         yield f"  the other {len(instances) - 1} of them alike: {others}"
+
+
+def _transports(instance: Instance) -> Iterator[str]:
+    """How a decode step's ranks exchange and sum, where there are several."""
+    ways = []
+    if instance.cp > 1:
+        ways.append(f"exchange {'one-sided' if instance.exchange == 'one_sided' else 'by all-to-all'}")
+    if instance.tp * instance.cp > 1:
+        ways.append(f"sums {_sums(instance)}")
+    if ways and instance.role == "generation":
+        yield f"  on GPUs    {'; '.join(ways)}"
+
+
+def _sums(instance: Instance) -> str:
+    if instance.reduce_rows in (0, instance.max_batch_size):
+        return "one-sided" if instance.reduce_rows else "by all-reduce"
+    return f"one-sided up to {counted(instance.reduce_rows, 'row')}, else by all-reduce"
 
 
 def _attention_dp(instance: Instance) -> str:

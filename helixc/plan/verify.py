@@ -166,6 +166,21 @@ def _layers(plan: Plan) -> Iterator[str]:
             yield f"{_label(instance)}: stages {[s for _, s in stages]}"
 
 
+def _transports(plan: Plan) -> Iterator[str]:
+    """Ranks that write into each other's memory are several, decode, and share a host."""
+    for instance in plan.instances:
+        kinds = {"cp": instance.exchange == "one_sided", "ffn_tp": instance.reduce_rows > 0}
+        if any(kinds.values()) and instance.role != "generation":
+            yield f"{_label(instance)}: only decode steps are one-sided"
+        if not 0 <= instance.reduce_rows <= instance.max_batch_size:
+            yield f"{_label(instance)}: sums of {instance.reduce_rows} rows, batches of {instance.max_batch_size}"
+        for rank in _members(plan, instance):
+            for name in (name for name, one_sided in kinds.items() if one_sided):
+                group = [plan.ranks[member] for member in getattr(rank.groups, name)]
+                if len(group) == 1 or len({member.node for member in group}) > 1:
+                    yield f"rank {rank.rank}: one-sided in the {name} group {[member.rank for member in group]}"
+
+
 # --- Heads and KV -----------------------------------------------------------------------------------------------
 
 
@@ -359,6 +374,7 @@ RULES: tuple[tuple[str, Callable[[Plan], Iterator[str]]], ...] = (
     ("groups", _groups),
     ("devices", _devices),
     ("layers", _layers),
+    ("transports", _transports),
     ("exchange", _exchange),
     ("kv-heads", _kv_heads),
     ("owners", _owners),

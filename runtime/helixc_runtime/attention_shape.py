@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from helixc_runtime.manifest import Dtype, KvDtype, Model, Range, Rank, scale_groups
+from helixc_runtime.manifest import Dtype, KvDtype, Model, Range, Rank, scale_bytes
 
 LATENT_NORM_EPS = 1e-6  # of q_a and kv_a norms: fixed in the published models, whatever rms_norm_eps says
 MAX_SPLITS = 64  # split-KV partials of one row, of the portable kernels
@@ -48,9 +48,9 @@ class AttentionShape:
         return self.partial_dim != self.head_dim
 
     @property
-    def scale_groups(self) -> int:
-        """Scales of one cached token and KV head: 0 unless the cache is FP8."""
-        return scale_groups(self.head_dim, self.kv_dtype)
+    def scale_bytes(self) -> int:
+        """Of the scale of one cached token and KV head: 0 unless the cache is FP8."""
+        return scale_bytes(self.kv_dtype)
 
     @property
     def group(self) -> int:

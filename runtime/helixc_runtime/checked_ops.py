@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from helixc_runtime.ops import DecodeBatch, LayerCache, Ops, Partial, Projections
+from helixc_runtime.kv import KvCache
+from helixc_runtime.models.rotary import Rotary
+from helixc_runtime.ops import DecodeBatch, GatedMlp, LayerCache, Mixture, Norm, Ops, Partial, Projections
 
 
 class CheckedOps:
@@ -18,6 +20,10 @@ class CheckedOps:
     def __init__(self, ops: Ops, rank: int, first_layer: int) -> None:
         self._ops, self._rank, self._first_layer = ops, rank, first_layer
         self._layer = first_layer
+
+    def make_batch(self, cache: KvCache, positions: Tensor, attends: Tensor, rotary: Rotary) -> DecodeBatch:
+        """See Ops.make_batch."""
+        return self._ops.make_batch(cache, positions, attends, rotary)
 
     def begin_step(self, batch: DecodeBatch) -> None:
         """See Ops.begin_step."""
@@ -49,6 +55,24 @@ class CheckedOps:
         out = self._ops.combine(o, lse)
         self._expect_partial("of combine", out)
         return out
+
+    def add_norm(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        """See Ops.add_norm. Not checked: rows of padding may hold anything, and what comes of the others is used."""
+        return self._ops.add_norm(x, residual, bias, norm)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See Ops.linear. Not checked: as add_norm."""
+        return self._ops.linear(x, weight)
+
+    def mlp(self, x: Tensor, weights: GatedMlp) -> Tensor:
+        """See Ops.mlp. Not checked: as add_norm."""
+        return self._ops.mlp(x, weights)
+
+    def mixture(self, x: Tensor, weights: Mixture) -> Tensor:
+        """See Ops.mixture. Not checked: as add_norm."""
+        return self._ops.mixture(x, weights)
 
     def _expect_partial(self, which: str, partial: Partial) -> None:
         self._expect_numbers(f"lse {which}", partial.lse, torch.ones_like(partial.lse, dtype=torch.bool))

@@ -14,12 +14,16 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from helixc_runtime.manifest import Groups, Plan, Rank
-from helixc_runtime.ops import Partial
+from helixc_runtime.ops import Norm, Ops, Partial
 
 # Its name until torch 2.12 is deprecated since.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 GroupName = Literal["tp", "cp", "pp", "ffn_tp", "moe_tp", "moe_ep"]
+
+
+class PeerTimeout(RuntimeError):
+    """Another rank of a group did not send its part of a decode step in time."""
 
 
 class Comm(Protocol):
@@ -33,8 +37,29 @@ class Comm(Protocol):
         """[n, *x.shape]: every member's `x`, in group order."""
         ...
 
-    def exchange(self, partial: Partial) -> Partial:
-        """All-to-all over the cp group: [B, H, P] of all heads -> [C, B, H / C, P], each rank's partial of my heads."""
+    def begin_step(self) -> None:
+        """The exchanges and reductions from here to end_step are those of one decode step."""
+        ...
+
+    def exchange(self, partial: Partial, ops: Ops, what: str) -> Tensor:
+        """Attention over the KV of all cp ranks, of the heads that this rank keeps: partial [B, H, P] -> [B, H / C, P].
+
+        `ops` merges what no kernel merges as it arrives. `what`, such as "layer 3 partials", is for errors.
+        """
+        ...
+
+    def reduce(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None, ops: Ops, what: str
+    ) -> tuple[Tensor, Tensor]:
+        """Ops.add_norm of the sum of `x` [B, hidden] over the ffn_tp group. `ops`, `what`: as for exchange."""
+        ...
+
+    def end_step(self) -> None:
+        """See begin_step."""
+        ...
+
+    def check(self) -> None:
+        """Raise PeerTimeout if a step that the GPU has finished waited in vain for a peer. Does not wait for it."""
         ...
 
     def send(self, x: Tensor, rank: int) -> None:
@@ -83,7 +108,7 @@ def connect(plan: Plan, rank: Rank, device: torch.device, timeout: timedelta) ->
 
 
 class TorchComm:
-    """Comm over torch.distributed. Groups of one rank cost nothing."""
+    """Comm over torch.distributed. Groups of one rank cost nothing. A peer that is gone is the backend's to notice."""
 
     def __init__(self, rank: Rank, groups: Mapping[str, dist.ProcessGroup]) -> None:
         self.rank = rank
@@ -102,7 +127,23 @@ class TorchComm:
         _all_gather(out, x.contiguous(), group=self.groups[group])
         return out.view(size, *x.shape)
 
-    def exchange(self, partial: Partial) -> Partial:
+    def begin_step(self) -> None: ...
+
+    def end_step(self) -> None: ...
+
+    def check(self) -> None: ...
+
+    def exchange(self, partial: Partial, ops: Ops, what: str) -> Tensor:
+        received = self.all_to_all(partial)
+        return ops.combine(received.o, received.lse).o
+
+    def reduce(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None, ops: Ops, what: str
+    ) -> tuple[Tensor, Tensor]:
+        return ops.add_norm(self.all_reduce(x, "ffn_tp"), residual, bias, norm)
+
+    def all_to_all(self, partial: Partial) -> Partial:
+        """Over the cp group: [B, H, P] of all heads -> [C, B, H / C, P], each rank's partial of my heads."""
         cp = len(self.rank.groups.cp)
         rows, heads, width = partial.o.shape
         # O and LSE of one destination travel together, as bytes: one all-to-all a layer.

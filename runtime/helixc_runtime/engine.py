@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import zlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +20,7 @@ from helixc_runtime.attention_shape import attention_shape
 from helixc_runtime.checked_ops import CheckedOps
 from helixc_runtime.comm import Comm, Connection, TorchComm, connect
 from helixc_runtime.events import Emitter
+from helixc_runtime.ffn_shape import ffn_shape
 from helixc_runtime.handoff import DistTransport, Sending, outgoing, pack, receive
 from helixc_runtime.job import Job, Request
 from helixc_runtime.kv import KvCache, Row, pages_needed
@@ -27,7 +30,7 @@ from helixc_runtime.ops import Ops
 from helixc_runtime.ops_torch import TorchOps
 from helixc_runtime.sampling import finish_reason, sample, seed_of
 from helixc_runtime.scheduler import Scheduler, assigned, attends, new_row
-from helixc_runtime.step import DecodeStep, RowInput, StepResult
+from helixc_runtime.step import DecodeStep, Readback, RowInput, StepResult, TokensOnTheWay
 from helixc_runtime.switches import read_switches
 from helixc_runtime.weights import load_weights
 
@@ -93,14 +96,31 @@ def run(job: Job, rank: int, world_size: int, run_dir: Path, emit: Emitter) -> N
     emit.emit("stage", stage="connect", done=0, total=1)
     connection = connect(plan, own, device, COLLECTIVE_TIMEOUT)
     with torch.inference_mode():
-        decoder = load_decoder(plan, own, TorchComm(own, connection.compute), device, emit)
+        decoder = load_decoder(plan, own, make_comm(artifact, own, connection, device, job.deadline_s), device, emit)
         session = Session(job, plan, own, plan.instance_of(own), decoder, connection, run_dir, emit)
         if own.role == "context":
             serve_context(session)
         else:
             serve_generation(session, make_ops(artifact, own, device, emit))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            decoder.comm.check()
     dist.barrier()  # nobody leaves while a peer may still need its connections
     dist.destroy_process_group()
+
+
+def make_comm(artifact: Artifact, rank: Rank, connection: Connection, device: torch.device, patience: float) -> Comm:
+    """What the plan chose: one-sided on a GPU, where the ranks of a group can write into each other's memory.
+
+    `patience`: seconds that a kernel waits for a peer.
+    """
+    instance = artifact.plan.instance_of(rank)
+    if device.type == "cpu" or not (instance.exchange == "one_sided" or instance.reduce_rows):
+        return TorchComm(rank, connection.compute)
+    from helixc_runtime.one_sided import OneSidedComm  # needs cuda-bindings, as CudaOps
+
+    kernels = [kernel for kernel in artifact.plan.kernels if kernel.name in rank.kernels]
+    return OneSidedComm(rank, connection.compute, instance, kernels, artifact.directory, device, patience)
 
 
 def load_decoder(plan: Plan, rank: Rank, comm: Comm, device: torch.device, emit: Emitter) -> Decoder:
@@ -123,13 +143,14 @@ def make_ops(artifact: Artifact, rank: Rank, device: torch.device, emit: Emitter
 
 def _device_ops(artifact: Artifact, rank: Rank, device: torch.device, emit: Emitter) -> Ops:
     shape = attention_shape(artifact.plan.model, rank, artifact.plan.tokens_per_block)
+    ffn = ffn_shape(artifact.plan.model, rank, artifact.plan.instance_of(rank))
     if device.type == "cpu":
-        return TorchOps(shape)
+        return TorchOps(shape, ffn)
     from helixc_runtime.ops_cuda import CudaOps  # needs cuda-bindings, which a CPU launch does not
 
     emit.emit("stage", stage="kernels", done=0, total=len(rank.kernels))
     kernels = [kernel for kernel in artifact.plan.kernels if kernel.name in rank.kernels]
-    return CudaOps(shape, kernels, artifact.directory, device)
+    return CudaOps(shape, kernels, artifact.directory, device, ffn)
 
 
 # --- Context ----------------------------------------------------------------------------------------------------
@@ -220,44 +241,99 @@ def check_room(rank: Rank, instance: Instance, device: torch.device) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that was launched, and whose tokens were not read yet."""
+
+    rows: tuple[Row, ...]
+    tokens: TokensOnTheWay | None  # on the ranks of the last stage
+    logits: Tensor | None  # [rows, vocab], where they are kept
+
+
 class Generation:
-    """The decode loop of one rank. Every rank of the instance takes the same decisions, the leader's."""
+    """The decode loop of one rank. Every rank of the instance takes the same decisions.
+
+    A model in one stage: the device feeds each step with the tokens of the one before, and the host launches a step
+    before it reads the tokens of the one before. So a stop token is seen one step late; what its row has computed in
+    that step is dropped, and lies in pages of its own request until nobody reads them. All ranks gather the same
+    logits and choose the same tokens, which admission confirms. In several stages every token takes the way over the
+    host, by broadcast.
+
+    Which requests start, and when, is the leader's decision: it alone sees which prompts are ready.
+    """
 
     def __init__(self, session: Session, ops: Ops, cache: KvCache, scheduler: Scheduler) -> None:
         self.session, self.cache, self.scheduler = session, cache, scheduler
         self.step = DecodeStep(session.decoder, ops, cache)
         self.transport = DistTransport()
         self.requests = {r.index: r for r in session.requests}
-        self.rows: list[Row] = []  # by slot
+        self.rows: list[Row] = []  # of the next step, by slot
+        self.flights: deque[Flight] = deque()  # at most `lag` between two calls of `advance`
+        self.lag = 1 if session.instance.pp == 1 else 0
+        self.readback = Readback(session.instance.max_batch_size, self.lag + 1, session.decoder.device)
         self.logits: dict[int, list[Tensor]] = {}
+        self.decided = 0  # requests that were admitted, or were at their end before
         self.stored = 0
         self.finished = 0
+        self._changed = False  # rows have come or gone since the last step
+        self._digest = 0  # of all tokens that were read
 
     def run(self) -> None:
         """Until every request is finished."""
         self.step.capture(sampled=any(request.temperature > 0 for request in self.requests.values()))
         self.session.emit.emit("stage", stage="ready", done=1, total=1)
         while self.finished < len(self.requests):
-            self._admit()
-            if self.rows:
-                self._step()
+            if self.decided < len(self.requests) and len(self.rows) < self.session.instance.max_batch_size:
+                self._admit()
+            self.advance()
+        self._decide([])
         self.session.emit.emit("kv_tokens", tokens=self.stored)
+
+    def advance(self) -> None:
+        """Launch a step of the rows there are, and read the tokens of the one before, or of all if no row is left."""
+        if self.rows:
+            self.flights.append(self._launch())
+        while len(self.flights) > (self.lag if self.rows else 0):
+            self._land(self.flights.popleft())
+
+    def join(self, row: Row) -> None:
+        """Let `row`, whose KV is in the cache, take part from the next step on."""
+        self.rows = sorted([*self.rows, row], key=lambda row: row.slot)
+        self._changed = True
+
+    # --- Admission ---
 
     def _admit(self) -> None:
         """Take in the requests that the leader found ready, and their KV."""
-        found = self._ready() if self.session.leads else []
-        limit = 2 * self.session.instance.max_batch_size
-        decided = self.session.broadcast(found, self.session.instance.ranks[0], limit)
+        decided = self._decide(self._ready() if self.session.leads else [])
         for index, token in zip(decided[::2], decided[1::2], strict=True):
+            self.decided += 1
             request = self.requests[index]
-            if reason := finish_reason(request, [token], self.session.plan.model.arch.eos_token_ids):
+            if reason := self._finish_reason(request, [token]):
                 self._announce_finish(index, reason)
                 continue
             row = new_row(request, self._free_slot(), token)
             if self.session.attends(request):
                 self.cache.reserve(row)
-                receive(self.session.plan, self.session.rank, request, row, self.cache, self.transport)
-            self.rows = sorted([*self.rows, row], key=lambda row: row.slot)
+                self._receive(request, row)
+            self.join(row)
+
+    def _decide(self, found: list[int]) -> list[int]:
+        """`found` of the leader, on every rank. Raises RuntimeError on a rank that has read other tokens than it."""
+        limit = 2 * self.session.instance.max_batch_size + 1
+        digest, *decided = self.session.broadcast([self._digest, *found], self.session.instance.ranks[0], limit)
+        if digest != self._digest:
+            raise RuntimeError(
+                f"rank {self.session.rank.rank} has chosen other tokens than rank {self.session.instance.ranks[0]}: "
+                "the ranks of a stage must compute the same logits, bit by bit"
+            )
+        return decided
+
+    def _receive(self, request: Request, row: Row) -> None:
+        """The prompt's KV into the row's pages; the time holds the wait for a sender that is not done."""
+        start = time.monotonic()
+        receive(self.session.plan, self.session.rank, request, row, self.cache, self.transport)
+        self.session.emit.emit("received", request=request.index, seconds=time.monotonic() - start)
 
     def _free_slot(self) -> int:
         """The lowest, so that steps are padded little."""
@@ -273,55 +349,92 @@ class Generation:
                 time.sleep(POLL_S)
                 continue
             token = int(self.session.connection.store.get(_ready_key(request)))
-            if finish_reason(request, [token], self.session.plan.model.arch.eos_token_ids):
+            if self._finish_reason(request, [token]):
                 self.scheduler.skip(request)
             else:
                 self.scheduler.admit(request)
             found += [request.index, token]
         return found
 
-    def _step(self) -> None:
-        """One token for every row."""
-        for row, token in zip(self.rows, self._choose(self.step([self._input(row) for row in self.rows])), strict=True):
-            row.tokens.append(token)
-            if self.session.leads:
-                self.session.emit.emit("token", request=row.index, token=token)
-        self._retire()
+    # --- Steps ---
+
+    def _launch(self) -> Flight:
+        """One step of every row. A row that now computes its last token takes part in no other."""
+        if self._changed or not self.lag:
+            self.step.assign([self._input(row) for row in self.rows])
+            self._changed = False
+        result = self.step()
+        flight = Flight(
+            tuple(self.rows), self.readback.start(result.tokens) if result else None, self._kept_logits(result)
+        )
+        for row in flight.rows:
+            row.steps += 1
+            if row.steps + 1 == row.max_tokens:
+                self._leave(row)
+        return flight
 
     def _input(self, row: Row) -> RowInput:
         request = self.requests[row.index]
+        token = None if self.lag and row.steps else row.tokens[-1]
         attends, seed = self.session.attends(request), seed_of(request)
-        return RowInput(row.slot, row.tokens[-1], row.position, attends, request.temperature, request.top_p, seed)
+        return RowInput(row.slot, token, row.position, attends, request.temperature, request.top_p, seed)
 
-    def _choose(self, result: StepResult | None) -> list[int]:
-        """The tokens of all rows, on every rank of the instance."""
-        chosen: list[int] = []
-        if result and self.session.rank.rank == self.session.sampler:
-            tokens = result.tokens.tolist()
-            chosen = [tokens[row.slot] for row in self.rows]
-            if self.session.job.keep_logits:
-                for row in self.rows:
-                    self.logits.setdefault(row.index, []).append(result.logits[row.slot].clone())
-        return self.session.broadcast(chosen, self.session.sampler, self.session.instance.max_batch_size)
+    def _kept_logits(self, result: StepResult | None) -> Tensor | None:
+        """For --verify, a copy: the next step overwrites them."""
+        if result is None or not self.session.job.keep_logits or self.session.rank.rank != self.session.sampler:
+            return None
+        return result.logits[[row.slot for row in self.rows]]
 
-    def _retire(self) -> None:
-        """Let finished rows go, their pages with them."""
-        going = []
-        for row in self.rows:
-            request = self.requests[row.index]
-            reason = finish_reason(request, row.tokens, self.session.plan.model.arch.eos_token_ids)
-            if reason is None:
-                going.append(row)
+    def _land(self, flight: Flight) -> None:
+        """Read the tokens of a step, and tell them. Those of rows that had ended before are nobody's."""
+        tokens = self._tokens(flight)
+        self._digest = zlib.crc32(repr(tokens).encode(), self._digest)
+        for place, (row, token) in enumerate(zip(flight.rows, tokens, strict=True)):
+            if row.ended:
                 continue
-            if self.session.attends(request):
-                self.stored += self.cache.stored(row)
-                self.cache.release(row)
+            row.tokens.append(token)
+            if flight.logits is not None:
+                self.logits.setdefault(row.index, []).append(flight.logits[place])
             if self.session.leads:
-                self.scheduler.finish(request)
-            if row.index in self.logits:
-                _keep_logits(self.session, row.index, "rest", self.logits.pop(row.index))
-            self._announce_finish(row.index, reason)
-        self.rows = going
+                self.session.emit.emit("token", request=row.index, token=token)
+            if reason := self._finish_reason(self.requests[row.index], row.tokens):
+                self._end(row, reason)
+
+    def _tokens(self, flight: Flight) -> list[int]:
+        """Of the step's rows, on every rank of the instance."""
+        session, chosen = self.session, list[int]()
+        if flight.tokens:
+            by_slot = flight.tokens.wait()
+            session.decoder.comm.check()  # the step has finished: did it wait in vain?
+            chosen = [by_slot[row.slot] for row in flight.rows]
+        if session.instance.pp == 1:
+            return chosen
+        own = chosen if session.rank.rank == session.sampler else []
+        return session.broadcast(own, session.sampler, session.instance.max_batch_size)
+
+    def _end(self, row: Row, reason: str) -> None:
+        """The row's last token has been read."""
+        row.ended = True
+        if any(other is row for other in self.rows):  # a stop token; else its last step was known before
+            self._leave(row)
+        if self.session.attends(self.requests[row.index]):
+            self.stored += self.cache.stored(row)
+        if row.index in self.logits:
+            _keep_logits(self.session, row.index, "rest", self.logits.pop(row.index))
+        self._announce_finish(row.index, reason)
+
+    def _leave(self, row: Row) -> None:
+        """Let the row take part in no further step. Its place and its pages are free for what is enqueued from now."""
+        self.rows = [other for other in self.rows if other is not row]
+        self._changed = True
+        request = self.requests[row.index]
+        if self.session.attends(request):
+            self.cache.release(row)
+        if self.session.leads:
+            self.scheduler.finish(request)
+
+    def _finish_reason(self, request: Request, tokens: list[int]) -> str | None:
+        return finish_reason(request, tokens, self.session.plan.model.arch.eos_token_ids)
 
     def _announce_finish(self, index: int, reason: str) -> None:
         self.finished += 1

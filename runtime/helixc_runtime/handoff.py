@@ -13,7 +13,7 @@ from torch import Tensor
 from helixc_runtime import quantize
 from helixc_runtime.job import Request
 from helixc_runtime.kv import KvCache, Row
-from helixc_runtime.manifest import Model, Plan, Rank, Transfer, local_length, owner, scale_groups
+from helixc_runtime.manifest import Model, Plan, Rank, Transfer, local_length, owner, scale_bytes
 from helixc_runtime.scheduler import attends, serving
 
 
@@ -93,7 +93,7 @@ def _tokens(plan: Plan, request: Request, t: Transfer) -> int:
 def pack(plan: Plan, rank: Rank, request: Request, t: Transfer, cached: list[Tensor]) -> Tensor:
     """One message: [layers, *kv of the owned positions], from the KV of context rank `rank`'s layers, as it is cached.
 
-    An FP8 cache is sent as it is stored, elements and scales of each vector, so that both sides name the same bytes.
+    An FP8 cache is sent as it is stored, elements and scale of each vector, so that both sides name the same bytes.
     """
     cp, length = serving(plan, "generation", request).cp, len(request.token_ids)
     positions = torch.arange(length, device=cached[0].device)
@@ -116,7 +116,7 @@ def receive(plan: Plan, rank: Rank, request: Request, row: Row, cache: KvCache, 
 def _empty(model: Model, t: Transfer, tokens: int, device: torch.device) -> Tensor:
     """An uninitialised message, shaped as `pack` makes it."""
     layers, heads = t.layers[1] - t.layers[0], t.kv_heads[1] - t.kv_heads[0]
-    groups = scale_groups(model.arch.head_dim, model.kv_dtype)
-    dtype, width = torch.uint8 if groups else getattr(torch, model.kv_dtype), model.arch.head_dim + groups
+    scale = scale_bytes(model.kv_dtype)
+    dtype, width = torch.uint8 if scale else getattr(torch, model.kv_dtype), model.arch.head_dim + scale
     shape = (layers, tokens, width) if model.arch.mla else (layers, 2, heads, tokens, width)
     return torch.empty(shape, dtype=dtype, device=device)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from helixc_runtime.manifest import Model, Rank, local_length, local_slot, owner, scale_groups
+from helixc_runtime.manifest import Model, Rank, local_length, local_slot, owner, scale_bytes
 from helixc_runtime.models.rotary import Rotary
 from helixc_runtime.ops import DecodeBatch, LayerCache
 from helixc_runtime.quantize import unpack
@@ -19,17 +19,28 @@ from helixc_runtime.quantize import unpack
 
 @dataclass(slots=True)
 class Row:
-    """A request being decoded. The last token of `tokens` is not cached yet: it is the next step's input."""
+    """A request being decoded. The last of all tokens is not cached yet: it is the next step's input.
+
+    Steps are launched before the tokens of the one before are read: `steps` counts what was launched, `tokens` holds
+    what was read.
+    """
 
     index: int
     slot: int  # its place in the batch
     prompt_length: int
     max_tokens: int
     tokens: list[int] = field(default_factory=list)  # generated
+    steps: int = 0
+    ended: bool = False  # the last of `tokens` is the last of the request
 
     @property
     def position(self) -> int:
-        """Global position of the next input token: L, L + 1, L + 2, ..."""
+        """Global position of the next step's input: L, L + 1, L + 2, ..."""
+        return self.prompt_length + self.steps
+
+    @property
+    def cached(self) -> int:
+        """Tokens whose K and V are the request's: all but the last one generated."""
         return self.prompt_length + len(self.tokens) - 1
 
 
@@ -53,7 +64,7 @@ class KvCache:
     def __init__(self, model: Model, rank: Rank, block: int, rows: int, width: int, device: torch.device) -> None:
         self.block, self.cp, self.cp_rank, self.device = block, len(rank.groups.cp), rank.cp_rank, device
         pages = max(1, rank.memory.kv_capacity_tokens // block)
-        dim, groups = model.arch.head_dim, scale_groups(model.arch.head_dim, model.kv_dtype)
+        dim, scale = model.arch.head_dim, scale_bytes(model.kv_dtype)
         tokens = (pages, block) if model.arch.mla else (pages, rank.kv_heads[1] - rank.kv_heads[0], block)
 
         def pool(columns: int, dtype: torch.dtype) -> Tensor:
@@ -63,7 +74,7 @@ class KvCache:
             return pool(columns, dtype), None if model.arch.mla else pool(columns, dtype)
 
         def layer() -> LayerCache:
-            scales = pools(groups, torch.uint8) if groups else (None, None)
+            scales = pools(scale, torch.uint8) if scale else (None, None)
             return LayerCache(*pools(dim, getattr(torch, model.kv_dtype)), *scales)
 
         self.layers = [layer() for _ in range(*rank.layers)]
@@ -89,13 +100,13 @@ class KvCache:
 
     def stored(self, row: Row) -> int:
         """Tokens of the request cached on this rank."""
-        return local_length(row.position, self.block, self.cp, self.cp_rank)
+        return local_length(row.cached, self.block, self.cp, self.cp_rank)
 
     def write_prompt(self, row: Row, layer: int, heads: slice, kv: Tensor) -> None:
         """Store the first n local tokens of one local layer.
 
         MLA: kv [n, latent + rope]; GQA: kv [2, len(heads), n, D] for the local KV heads `heads`. In the cache's dtype;
-        for an FP8 cache as quantize.pack leaves it, the scales behind the columns.
+        for an FP8 cache as quantize.pack leaves it, the scale behind the columns.
         """
         cache = self.layers[layer]
         pages = torch.tensor(self._tables[row.index], device=self.device)

@@ -23,14 +23,14 @@ Range = tuple[int, int]
 Dtype = Literal["float32", "bfloat16", "float16"]
 KvDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]  # float8: with scales, see quantize.py
 Role = Literal["context", "generation"]
+Transport = Literal["one_sided", "collective"]
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
-SCALE_COLUMNS = 128  # of a cached FP8 vector that share a scale
 
 
-def scale_groups(width: int, kv_dtype: str) -> int:
-    """Scales, a byte each, of one cached token and KV head of `width` columns: none unless the cache is FP8."""
-    return -(-width // SCALE_COLUMNS) if kv_dtype == "float8_e4m3fn" else 0
+def scale_bytes(kv_dtype: str) -> int:
+    """The scale of one cached vector, of a token and KV head: one byte if the cache is FP8, else none."""
+    return int(kv_dtype == "float8_e4m3fn")
 
 
 def split(size: int, parts: int, index: int) -> Range:
@@ -157,7 +157,7 @@ class ModelArch:
     def kv_bytes(self, kv_dtype: KvDtype) -> int:
         """Bytes cached per token, layer and KV head: the elements and, of an FP8 cache, their scales."""
         vectors = 1 if self.mla else 2
-        return self.kv_width * DTYPE_BYTES[kv_dtype] + vectors * scale_groups(self.head_dim, kv_dtype)
+        return self.kv_width * DTYPE_BYTES[kv_dtype] + vectors * scale_bytes(kv_dtype)
 
     @property
     def softmax_scale(self) -> float:
@@ -199,6 +199,7 @@ class Instance:
     """One model replica. `ranks` are global; max_seq_len counts prompt and generated tokens of one request.
 
     A generation rank's KV pool may take at most free_gpu_memory_fraction of what is free once the weights are loaded.
+    One-sided: on GPUs, kernels write into the memory of the other ranks of a group, which all share a host.
     """
 
     role: Role
@@ -213,6 +214,8 @@ class Instance:
     max_batch_size: int
     max_seq_len: int
     free_gpu_memory_fraction: float
+    exchange: Transport  # in the cp groups
+    reduce_rows: int  # decode batches up to this are summed in the ffn_tp groups one-sidedly, larger ones collectively
 
 
 @dataclass(frozen=True, slots=True)

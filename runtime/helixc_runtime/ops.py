@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from helixc_runtime.kv import KvCache
+    from helixc_runtime.models.rotary import Rotary
 
 
 class Partial(NamedTuple):
@@ -18,13 +22,19 @@ class Partial(NamedTuple):
     lse: Tensor  # [B, H] float32
 
 
+class Norm(NamedTuple):
+    """An RMSNorm of the hidden states."""
+
+    weight: Tensor  # [hidden]
+    eps: float
+
+
 @dataclass(frozen=True, slots=True)
 class LayerCache:
     """Paged KV of one layer. MLA: k is [pages, block, latent + rope] and v is None (the first latent columns of k).
 
     GQA: k and v are [pages, kv_heads, block, head_dim]. Unused pages and page tails may hold anything, NaN included.
-    float8_e4m3fn: the scales lie beside, uint8, shaped as k and v with a scale for each group of columns in place of
-    the columns (quantize.py).
+    float8_e4m3fn: the scales lie beside, uint8, shaped as k and v with one scale in place of the columns (quantize.py).
     """
 
     k: Tensor
@@ -73,11 +83,37 @@ class GqaProjections:
 Projections = MlaProjections | GqaProjections
 
 
+@dataclass(frozen=True, slots=True)
+class GatedMlp:
+    """This rank's columns I of one gated MLP: down(silu(gate x) * up x)."""
+
+    gate: Tensor  # [I, hidden]
+    up: Tensor  # [I, hidden]
+    down: Tensor  # [hidden, I]
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """One layer's router, and this rank's L experts and share of the shared ones."""
+
+    router: Tensor  # [experts, hidden]
+    bias: Tensor | None  # [experts] float32, added to the scores for the choice only
+    experts: GatedMlp  # stacked: [L, I, hidden], [L, I, hidden], [L, hidden, I]
+    shared: GatedMlp | None
+
+
 class Ops(Protocol):
     """Shapes: H query heads and KH KV heads of this rank, D head_dim, P partial_dim. ValueError on a mismatch.
 
     A padding row (see DecodeBatch) writes nothing but its own rows of the results.
     """
+
+    def make_batch(self, cache: KvCache, positions: Tensor, attends: Tensor, rotary: Rotary) -> DecodeBatch:
+        """KvCache.batch of global `positions` [N] int64, negative for rows that are not in use.
+
+        Of those in use, rows with `attends` [N] int64 of 1 are this rank's to attend for; the others have 0.
+        """
+        ...
 
     def begin_step(self, batch: DecodeBatch) -> None:
         """Prepare a step: what depends on the lengths and pages alone, once for all layers.
@@ -103,5 +139,29 @@ class Ops(Protocol):
         """Merge N partials, o [N, B, H, P] and lse [N, B, H], weighted by exp(lse - max lse), in float32.
 
         All-empty rows give o = 0 and lse = -inf.
+        """
+        ...
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [N, in] times weight [out, in] -> [N, out]; with heads, [N, H, in] and [H, out, in] -> [N, H, out]."""
+        ...
+
+    def mlp(self, x: Tensor, weights: GatedMlp) -> Tensor:
+        """This rank's summand [N, hidden] of a dense MLP of x [N, hidden]."""
+        ...
+
+    def mixture(self, x: Tensor, weights: Mixture) -> Tensor:
+        """This rank's summand [N, hidden] of a mixture of experts of x [N, hidden]; see layers.route for the routing.
+
+        Equal scores: the lower expert is chosen. Router logits are float32. A row that is NaN spoils only itself.
+        """
+        ...
+
+    def add_norm(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        """residual + x + bias [B, hidden], added in float32 and rounded once, and its norm (without one: itself).
+
+        None is zero for `residual` [B, hidden] and `bias` [hidden].
         """
         ...

@@ -12,20 +12,32 @@ from helixc_runtime.attend_cuda import ARGUMENTS as ATTEND_ARGUMENTS
 from helixc_runtime.attend_cuda import EARLY, address, combine_grid, make_attend
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.cubin import LoadedKernel, check_arch
+from helixc_runtime.ffn_cuda import ARGUMENTS as FFN_ARGUMENTS
+from helixc_runtime.ffn_cuda import EARLY as FFN_EARLY
+from helixc_runtime.ffn_cuda import CudaFfn
+from helixc_runtime.ffn_shape import FfnShape
+from helixc_runtime.kv import KvCache
 from helixc_runtime.manifest import Kernel
-from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Partial, Projections
-from helixc_runtime.shape_checks import check_append, check_attend, check_combine
+from helixc_runtime.models.rotary import Rotary
+from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Norm, Partial, Projections
+from helixc_runtime.shape_checks import check_add_norm, check_append, check_attend, check_combine, expect_shape
 from helixc_runtime.switches import read_switches
 from helixc_runtime.watched_kernel import WatchedKernel
 
 _WARP = 32
 
 # The launch arguments of each template, in order.
-_ARGUMENTS = {
+ARGUMENTS = {
     "append": ("pointer",) * 15 + ("int32",) * 9,
+    "batch": ("pointer",) * 9 + ("int32",) * 3,
     "combine": ("pointer",) * 4 + ("int32",),
+    "exchange": ("pointer",) * 7 + ("int32",) * 5,  # the limit in nanoseconds is as wide as a pointer
+    "reduce": ("pointer",) * 10 + ("int32",) * 4,
     **ATTEND_ARGUMENTS,
+    **FFN_ARGUMENTS,
 }
+_EARLY = EARLY | FFN_EARLY | {"exchange", "reduce"}  # the last two wait before they read anything
+_NO_GROUP = (0,) * 8  # a reduction of one rank's summand: its group's arguments
 
 
 class CudaOps:
@@ -37,24 +49,63 @@ class CudaOps:
     """
 
     def __init__(
-        self, shape: AttentionShape, kernels: Sequence[Kernel], artifact_dir: Path, device: torch.device
+        self,
+        shape: AttentionShape,
+        kernels: Sequence[Kernel],
+        artifact_dir: Path,
+        device: torch.device,
+        ffn: FfnShape | None = None,
     ) -> None:
-        """Load the cubins. Raises CubinError on a wrong architecture, ValueError if `kernels` do not serve `shape`."""
+        """Load the cubins. Raises CubinError on a wrong architecture, ValueError if `kernels` do not serve `shape`.
+
+        Without the shape of the FFN, `ffn`, there is no mixture.
+        """
         if device.type == "cuda" and device.index is None:  # tensors know their index, and are compared with this
             device = torch.device(device.type, torch.cuda.current_device())
         arch = check_arch([kernel.arch for kernel in kernels], device)
         chosen = [kernel for kernel in kernels if kernel.arch == arch]
         self.shape = shape
         self.device = device
-        self._kernels = {kernel.template: kernel for kernel in chosen if kernel.template != "combine"}
+        of_ffn = [kernel for kernel in chosen if kernel.template in FFN_ARGUMENTS]
+        chosen = [kernel for kernel in chosen if kernel.template not in FFN_ARGUMENTS]
+        chosen = [kernel for kernel in chosen if kernel.template != "exchange" and kernel.params.get("members", 1) == 1]
+        several = ("combine", "reduce")  # kernels of one template
+        self._kernels = {kernel.template: kernel for kernel in chosen if kernel.template not in several}
         self._combines = {int(kernel.params["cp"]): kernel for kernel in chosen if kernel.template == "combine"}
+        self._add_norms = {float(kernel.params["eps"]): kernel for kernel in chosen if kernel.template == "reduce"}
         for kernel in chosen:
             _check_kernel(kernel, shape)
         if "append" not in self._kernels:
             raise ValueError(f"the rank has no append kernel for {arch}")
-        self._loaded = {kernel.name: _load(kernel, artifact_dir, device) for kernel in chosen}
+        self._loaded = {kernel.name: load_kernel(kernel, artifact_dir, device) for kernel in (*chosen, *of_ffn)}
         self._attend = make_attend(shape, self._kernels, self._loaded, device)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._ffn = CudaFfn(ffn, of_ffn, self._loaded, processors, device)
+        # Few tokens by the kernels, more by torch. Raise ValueError on a wrong shape, dtype, device or memory layout.
+        self.linear, self.mlp, self.mixture = self._ffn.linear, self._ffn.mlp, self._ffn.mixture
         self._step: DecodeBatch | None = None
+
+    def make_batch(self, cache: KvCache, positions: Tensor, attends: Tensor, rotary: Rotary) -> DecodeBatch:
+        """See Ops.make_batch. Raises ValueError on a wrong dtype, device, memory layout, or another model's angles."""
+        kernel = self._kernels.get("batch")
+        if kernel is None or kernel.params["factor"] != rotary.factor:
+            raise ValueError(f"no kernel makes a batch with angles times {rotary.factor}")
+        rows, width = len(positions), cache.table.shape[1]
+        expect_shape("attends", attends, (rows,))
+        table = cache.table[:rows]
+        self._expect("int64", positions=positions, attends=attends)
+        self._expect("int32", page_table=table)
+        self._expect("float32", frequencies=rotary.frequencies)
+
+        def empty(dtype: torch.dtype, *size: int) -> Tensor:
+            return torch.empty(rows, *size, dtype=dtype, device=self.device)
+
+        angles = self.shape.rope_dim // 2
+        cos, sin = empty(torch.float32, angles), empty(torch.float32, angles)
+        lengths, owned, slots = empty(torch.int32), empty(torch.uint8), empty(torch.int64)
+        pointers = (cos, sin, lengths, owned, slots, positions, attends, table, rotary.frequencies)
+        self._loaded[kernel.name].launch((rows, 1, 1), *map(address, pointers), width, cache.cp, cache.cp_rank)
+        return DecodeBatch(cos=cos, sin=sin, page_table=table, lengths=lengths, owned=owned, slots=slots)
 
     def begin_step(self, batch: DecodeBatch) -> None:
         """See Ops.begin_step. Raises ValueError on a wrong dtype, device or memory layout."""
@@ -122,6 +173,24 @@ class CudaOps:
             self._loaded[kernel.name].launch(grid, *map(address, (out.o, out.lse, o, lse)), count)
         return out
 
+    def add_norm(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        """See Ops.add_norm. Raises ValueError on a wrong shape, dtype, device, layout or epsilon."""
+        check_add_norm(x, residual, bias, norm)
+        weight = norm.weight if norm else None
+        self._expect(self.shape.dtype, x=x, residual=residual, bias=bias, weight=weight)
+        _expect_aligned(x=x, residual=residual, bias=bias, weight=weight)
+        kernel = next((k for eps, k in self._add_norms.items() if norm is None or eps == norm.eps), None)
+        if kernel is None or kernel.params["hidden"] != x.shape[1]:
+            raise ValueError(f"no kernel adds and norms {x.shape[1]} columns with {norm and norm.eps}")
+        out = torch.empty_like(x)
+        normed = torch.empty_like(x) if norm else out
+        pointers = (out, normed, x, residual, bias, weight)
+        if len(x):
+            self._loaded[kernel.name].launch((len(x), 1, 1), *map(address, pointers), *_NO_GROUP)
+        return out, normed
+
     def _empty_partial(self, rows: int, heads: int) -> Partial:
         dtype: torch.dtype = getattr(torch, self.shape.dtype)
         o = torch.empty(rows, heads, self.shape.partial_dim, dtype=dtype, device=self.device)
@@ -166,11 +235,12 @@ class CudaOps:
             raise ValueError(f"{name} is on {tensor.device}, expected {self.device}")
 
 
-def _load(kernel: Kernel, artifact_dir: Path, device: torch.device) -> LoadedKernel:
+def load_kernel(kernel: Kernel, artifact_dir: Path, device: torch.device) -> LoadedKernel:
+    """`kernel` of the artifact, ready to launch. Raises CubinError, or ValueError if it was never compiled."""
     if kernel.cubin is None:
         raise ValueError(f"kernel {kernel.name} was planned but not compiled")
-    arguments, threads = _ARGUMENTS[kernel.template], int(kernel.params["threads"])
-    shared, early = int(kernel.params.get("dynamic_shared", 0)), kernel.template in EARLY
+    arguments, threads = ARGUMENTS[kernel.template], int(kernel.params["threads"])
+    shared, early = int(kernel.params.get("dynamic_shared", 0)), kernel.template in _EARLY
     described = (artifact_dir / kernel.cubin, kernel.name, arguments, threads, device, shared, early)
     switches = read_switches()
     return WatchedKernel(switches, *described) if switches.sync or switches.log_launches else LoadedKernel(*described)

@@ -6,22 +6,43 @@ multiplied by zero: unused memory may hold NaN.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
-from helixc_runtime.models.layers import rms_norm
-from helixc_runtime.models.rotary import rotate
-from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Partial, Projections
+from helixc_runtime.ffn_shape import FfnShape
+from helixc_runtime.models.layers import gated_mlp, linear, mix, rms_norm
+from helixc_runtime.models.rotary import Rotary, rotate
+from helixc_runtime.ops import DecodeBatch, GatedMlp, LayerCache, Mixture, MlaProjections, Norm, Partial, Projections
 from helixc_runtime.quantize import dequantize, quantize
-from helixc_runtime.shape_checks import check_append, check_attend, check_combine
+from helixc_runtime.shape_checks import (
+    check_add_norm,
+    check_append,
+    check_attend,
+    check_combine,
+    check_linear,
+    check_mixture,
+    check_mlp,
+)
+
+if TYPE_CHECKING:
+    from helixc_runtime.kv import KvCache
 
 
 class TorchOps:
-    """Ops for one rank's `shape`, on any device and any floating dtype; `shape.dtype` is not enforced."""
+    """Ops for one rank's `shape`, on any device and any floating dtype; `shape.dtype` is not enforced.
 
-    def __init__(self, shape: AttentionShape) -> None:
-        self.shape = shape
+    Without the shape of the FFN, `ffn`, there is no mixture.
+    """
+
+    def __init__(self, shape: AttentionShape, ffn: FfnShape | None = None) -> None:
+        self.shape, self.ffn = shape, ffn
+
+    def make_batch(self, cache: KvCache, positions: Tensor, attends: Tensor, rotary: Rotary) -> DecodeBatch:
+        """See Ops.make_batch."""
+        return cache.batch(positions.clamp(min=0), (positions >= 0) & (attends == 1), rotary)
 
     def begin_step(self, batch: DecodeBatch) -> None:
         """See Ops.begin_step: there is nothing to prepare."""
@@ -64,6 +85,33 @@ class TorchOps:
         parts = o.to(compute).masked_fill(empty.unsqueeze(-1), 0.0)
         merged = (weight.unsqueeze(-1) * parts).sum(dim=0) / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
         return Partial(merged.to(o.dtype), anchor + torch.log(total))
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """See Ops.linear. Raises ValueError on a shape mismatch."""
+        check_linear(x, weight)
+        return linear(x, weight)
+
+    def mlp(self, x: Tensor, weights: GatedMlp) -> Tensor:
+        """See Ops.mlp. Raises ValueError on a shape mismatch."""
+        check_mlp(x, weights)
+        return gated_mlp(x, weights.gate, weights.up, weights.down)
+
+    def mixture(self, x: Tensor, weights: Mixture) -> Tensor:
+        """See Ops.mixture. Raises ValueError on a shape mismatch."""
+        assert self.ffn is not None and self.ffn.moe is not None and self.ffn.experts is not None
+        check_mixture(self.ffn, x, weights)
+        return mix(self.ffn.moe, self.ffn.experts, weights, x)
+
+    def add_norm(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        """See Ops.add_norm. Raises ValueError on a shape mismatch."""
+        check_add_norm(x, residual, bias, norm)
+        wide = x.to(_compute_dtype(x))
+        for addend in (residual, bias):
+            wide = wide if addend is None else wide + addend
+        out = wide.to(x.dtype)
+        return out, out if norm is None else rms_norm(out, norm.weight, norm.eps)
 
     def _assemble(self, new: Projections) -> tuple[Tensor, Tensor, Tensor | None]:
         """q [N, H, D], k and v (None: MLA) [N, KH, D], normed and not yet rotated."""

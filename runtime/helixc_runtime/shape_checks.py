@@ -6,8 +6,17 @@ import torch
 from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
-from helixc_runtime.manifest import scale_groups
-from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaProjections, Projections
+from helixc_runtime.ffn_shape import FfnShape
+from helixc_runtime.ops import (
+    DecodeBatch,
+    GatedMlp,
+    GqaProjections,
+    LayerCache,
+    Mixture,
+    MlaProjections,
+    Norm,
+    Projections,
+)
 
 
 def expect_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
@@ -74,6 +83,16 @@ def check_combine(shape: AttentionShape, o: Tensor, lse: Tensor) -> None:
         raise ValueError("combine needs at least one partial")
 
 
+def check_add_norm(x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None) -> None:
+    """Raise ValueError unless the arguments of Ops.add_norm fit each other."""
+    expect_shape("x", x, (None, None))
+    if residual is not None:
+        expect_shape("residual", residual, tuple(x.shape))
+    for name, row in (("bias", bias), ("norm", norm and norm.weight)):
+        if row is not None:
+            expect_shape(name, row, (x.shape[1],))
+
+
 def check_cache(shape: AttentionShape, cache: LayerCache) -> None:
     """Raise ValueError unless `cache` has the pages of `shape`, and scales if its elements are FP8."""
     if (cache.v is None) != shape.is_mla:
@@ -86,5 +105,38 @@ def check_cache(shape: AttentionShape, cache: LayerCache) -> None:
         if (scales is not None) != (elements is not None and elements.dtype == torch.float8_e4m3fn):
             raise ValueError(f"cache.{name} must have scales if it is float8_e4m3fn, and only then")
         if scales is not None and elements is not None:
-            groups = scale_groups(shape.head_dim, "float8_e4m3fn")
-            expect_shape(f"cache.{name}_scale", scales, (*elements.shape[:-1], groups))
+            expect_shape(f"cache.{name}_scale", scales, (*elements.shape[:-1], 1))
+
+
+def check_linear(x: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless the arguments of Ops.linear fit each other."""
+    if weight.dim() not in (2, 3):
+        raise ValueError(f"weight has shape {list(weight.shape)}, expected [out, in] or [heads, out, in]")
+    expect_shape("x", x, (None, *weight.shape[:-2], weight.shape[-1]))
+
+
+def check_mlp(x: Tensor, weights: GatedMlp) -> None:
+    """Raise ValueError unless the arguments of Ops.mlp fit each other."""
+    expect_shape("gate", weights.gate, (None, None))
+    columns, hidden = weights.gate.shape
+    expect_shape("x", x, (None, hidden))
+    expect_shape("up", weights.up, (columns, hidden))
+    expect_shape("down", weights.down, (hidden, columns))
+
+
+def check_mixture(shape: FfnShape, x: Tensor, weights: Mixture) -> None:
+    """Raise ValueError unless the arguments of Ops.mixture fit `shape`."""
+    assert shape.moe is not None
+    hidden, local, columns = shape.hidden, shape.local_experts, shape.expert_columns
+    expect_shape("x", x, (None, hidden))
+    expect_shape("router", weights.router, (shape.moe.experts, hidden))
+    if weights.bias is not None:
+        expect_shape("bias", weights.bias, (shape.moe.experts,))
+    expect_shape("experts.gate", weights.experts.gate, (local, columns, hidden))
+    expect_shape("experts.up", weights.experts.up, (local, columns, hidden))
+    expect_shape("experts.down", weights.experts.down, (local, hidden, columns))
+    if (weights.shared is not None) != (shape.moe.shared_intermediate_size > 0):
+        raise ValueError("the mixture must have shared experts if the model has, and only then")
+    if weights.shared is not None:
+        check_mlp(x, weights.shared)
+        expect_shape("shared.gate", weights.shared.gate, (shape.shared_columns, hidden))

@@ -3,10 +3,15 @@
 Everything between is computed from one small control tensor on the device: lengths, owners and slots from the
 positions, so that nothing waits for the host, and on a GPU a step is one captured graph for each padded batch size.
 A row that is not in use has position -1: it attends to nothing, owns nothing and writes nothing.
+
+A step leaves in the control tensor what the next one needs: the tokens it chose, and their positions. So the host can
+launch the next step before it has seen the tokens, and writes the control tensor only when rows come or go. Of a model
+in several stages no rank has both the tokens and their embeddings: there the host gives every step its tokens.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -26,7 +31,7 @@ class RowInput:
     """What one row of the batch needs for one step."""
 
     slot: int  # its place in the batch
-    token: int
+    token: int | None  # None: the one that the step before has chosen at this slot
     position: int  # global, of `token`
     attends: bool  # whether this rank holds the row's KV
     temperature: float
@@ -45,12 +50,67 @@ class _Field(IntEnum):
     top_p = 5
 
 
+_FED = -1  # in place of a token: it stays the one on the device
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Of the last stage, by slot; overwritten by the next step."""
+    """Of the last stage, by slot; on the device, and overwritten by the next step."""
 
     tokens: Tensor  # [size] int64
     logits: Tensor  # [size, vocab] float32
+
+
+class _HostBuffer:
+    """int64 memory on the host, pinned for a GPU, and the time of the last copy from or to it."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.tensor = torch.empty(shape, dtype=torch.int64, pin_memory=on_gpu)
+        self._copied = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
+
+    def enqueued(self) -> None:
+        """A copy from or to the buffer is the last thing on the current stream."""
+        if self._copied:
+            self._copied.record()
+
+    def wait(self) -> None:
+        """Until that copy is done."""
+        if self._copied:
+            self._copied.synchronize()
+
+
+class TokensOnTheWay:
+    """Tokens that a step has chosen, by slot, on their way to the host."""
+
+    def __init__(self, buffer: _HostBuffer, count: int) -> None:
+        self._buffer, self._count = buffer, count
+        self.read = False
+
+    def wait(self) -> list[int]:
+        """The tokens, once the step is done."""
+        self._buffer.wait()
+        self.read = True
+        return self._buffer.tensor[: self._count].tolist()
+
+
+class Readback:
+    """Brings the tokens of each step to the host, those of `depth` steps at a time."""
+
+    def __init__(self, rows: int, depth: int, device: torch.device) -> None:
+        self._buffers = [_HostBuffer((rows,), device) for _ in range(depth)]
+        self._under_way: deque[TokensOnTheWay] = deque(maxlen=depth)
+
+    def start(self, tokens: Tensor) -> TokensOnTheWay:
+        """Enqueue the copy of `tokens` [size]. The ones of `depth` steps before must have been read."""
+        if len(self._under_way) == len(self._buffers):
+            assert self._under_way[0].read, "these tokens would be lost"
+        buffer = self._buffers[0]
+        self._buffers.append(self._buffers.pop(0))
+        buffer.tensor[: len(tokens)].copy_(tokens, non_blocking=True)
+        buffer.enqueued()
+        self._under_way.append(TokensOnTheWay(buffer, len(tokens)))
+        return self._under_way[-1]
 
 
 class DecodeStep:
@@ -61,11 +121,14 @@ class DecodeStep:
         self.rotary = decoder.rotary()
         rows = len(cache.table)
         self.sizes = padded_sizes(rows)
-        on_gpu = decoder.device.type == "cuda"
-        self._host = torch.empty(len(_Field), rows, dtype=torch.int64, pin_memory=on_gpu)
+        self.feeds_itself = decoder.is_first and decoder.is_last
+        # Two: the second is filled while the first may still be copied.
+        self._given = [_HostBuffer((len(_Field), rows), decoder.device) for _ in range(2)]
         self._control = torch.empty(len(_Field), rows, dtype=torch.int64, device=decoder.device)
+        self._size, self._draws = self.sizes[0], False
         self._graphs_wanted = read_switches().graphs
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, StepResult | None]] = {}
+        self._write([])
 
     def capture(self, *, sampled: bool) -> None:
         """Capture a graph for each padded size, on a GPU. `sampled`: also for rows of a temperature above 0.
@@ -76,7 +139,6 @@ class DecodeStep:
             return
         stream = torch.cuda.Stream(self.decoder.device)  # type: ignore[no-untyped-call]
         pool = torch.cuda.graph_pool_handle()
-        self._write([])
         for size in self.sizes:
             for draws in (False, True) if sampled else (False,):
                 stream.wait_stream(torch.cuda.current_stream(self.decoder.device))
@@ -89,16 +151,23 @@ class DecodeStep:
                     result = self._compute(size, draws)
                 self._graphs[size, draws] = graph, result
 
-    def __call__(self, rows: Sequence[RowInput]) -> StepResult | None:
-        """One step of at least one row, at distinct slots. None from all but the last stage."""
-        size = next(size for size in self.sizes if size > max(row.slot for row in rows))
-        draws = any(row.temperature > 0 for row in rows)
+    def assign(self, rows: Sequence[RowInput]) -> None:
+        """Let the next step compute `rows`, at least one, at distinct slots; no other slot is in use any more.
+
+        If the step `feeds_itself`, this holds until the next call: every step takes each row one position on.
+        """
+        self._size = next(size for size in self.sizes if size > max(row.slot for row in rows))
+        self._draws = any(row.temperature > 0 for row in rows)
         self._write(rows)
-        if captured := self._graphs.get((size, draws)):
+
+    def __call__(self) -> StepResult | None:
+        """Enqueue one step of the rows assigned. None from all but the last stage."""
+        self.decoder.comm.check()
+        if captured := self._graphs.get((self._size, self._draws)):
             graph, result = captured
             graph.replay()
             return result
-        return self._compute(size, draws)
+        return self._compute(self._size, self._draws)
 
     def _can_capture(self) -> bool:
         """Grouped products of other dtypes than bfloat16 read their groups on the host."""
@@ -107,29 +176,42 @@ class DecodeStep:
         return decoder.device.type == "cuda" and fixed and self._graphs_wanted
 
     def _write(self, rows: Sequence[RowInput]) -> None:
-        """Send the rows to the device. The memory sent from is free again once the step's tokens have been read."""
-        self._host.zero_()
-        self._host[_Field.position] = -1
-        integers, numbers = self._host.numpy(), self._host.view(torch.float64).numpy()
+        """Send the rows to the device."""
+        given = self._given[0]
+        self._given.reverse()
+        given.wait()
+        given.tensor.zero_()
+        given.tensor[_Field.position] = -1
+        integers, numbers = given.tensor.numpy(), given.tensor.view(torch.float64).numpy()
         for row in rows:
-            integers[: _Field.temperature, row.slot] = row.position, row.token, row.attends, row.seed
+            token = _FED if row.token is None else row.token
+            integers[: _Field.temperature, row.slot] = row.position, token, row.attends, row.seed
             numbers[_Field.temperature :, row.slot] = row.temperature, row.top_p
-        self._control.copy_(self._host, non_blocking=True)
+        sent = given.tensor.to(self.decoder.device, non_blocking=True)
+        given.enqueued()
+        tokens = sent[_Field.token]
+        tokens.copy_(torch.where(tokens == _FED, self._control[_Field.token], tokens))
+        self._control.copy_(sent)
 
     def _compute(self, size: int, draws: bool) -> StepResult | None:
         control = self._control[:, :size]
-        active = control[_Field.position] >= 0
-        position = control[_Field.position].clamp(min=0)
-        attends = active & (control[_Field.attends] == 1)
-        batch = self.cache.batch(position, attends, self.rotary)
+        position = control[_Field.position]
+        batch = self.ops.make_batch(self.cache, position, control[_Field.attends], self.rotary)
         hidden = self.decoder.decode(control[_Field.token], self.cache.layers, batch, self.rotary, self.ops)
         if not self.decoder.is_last:
             return None
-        logits = self.decoder.logits(hidden)
-        if not draws:
-            return StepResult(logits.argmax(-1), logits)
+        logits = self.decoder.head(hidden, self.ops.linear)
+        tokens = self._chosen(logits, control, position) if draws else logits.argmax(-1)
+        if self.feeds_itself:
+            control[_Field.token].copy_(tokens)
+            position.add_(position >= 0)
+        return StepResult(tokens, logits)
+
+    def _chosen(self, logits: Tensor, control: Tensor, position: Tensor) -> Tensor:
+        """What each row's request draws, [size] int64."""
         temperature, top_p = (control[field].view(torch.float64) for field in (_Field.temperature, _Field.top_p))
-        return StepResult(sample_rows(logits, Choices(temperature, top_p, control[_Field.seed], position + 1)), logits)
+        position = position.clamp(min=0) + 1
+        return sample_rows(logits, Choices(temperature, top_p, control[_Field.seed], position))
 
 
 def padded_sizes(rows: int) -> list[int]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Switches:
-    """What is switched on. `portable` is the compiler's, the others are the runtime's."""
+    """What is switched on. `portable` and `collectives` are the compiler's, the others are the runtime's."""
 
     portable: bool = False
+    collectives: bool = False
     sync: bool = False
     log_launches: bool = False
     check_nan: bool = False
@@ -35,6 +36,7 @@ def read_switches(environment: Mapping[str, str] | None = None) -> Switches:
 
     return Switches(
         portable=on("HELIXC_PORTABLE"),
+        collectives=on("HELIXC_COLLECTIVES"),
         sync=on("HELIXC_SYNC"),
         log_launches=on("HELIXC_LOG_LAUNCHES"),
         check_nan=on("HELIXC_CHECK_NAN"),

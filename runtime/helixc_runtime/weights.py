@@ -14,10 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from helixc_runtime.dummy import dummy_tensor
+from helixc_runtime.ffn_shape import GROUPED_COLUMNS
 from helixc_runtime.manifest import Model, Piece, Range
 
-GROUPED_COLUMNS = 8  # torch's grouped products want rows that are multiples of 16 bytes
 FLOAT32_WEIGHTS = frozenset({"router_bias"})  # decides which experts run: never rounded
+
+# Projections of the same input lie one after the other, so that one product serves a decode step.
+FUSED = (("q", "kv_a"), ("q_a", "kv_a"), ("q", "k", "v"))
+BY_COLUMNS = frozenset({"k_up"})  # kept transposed: decoding multiplies with its columns
 
 Progress = Callable[[int, int], None]
 Box = tuple[Range, ...]
@@ -40,11 +44,33 @@ class Weights:
         """The tensor, or None where the model or this rank has none of that name."""
         return self._tensors.get((name, layer))
 
+    def fuse(self) -> None:
+        """Let the projections of FUSED lie in one memory, one after the other."""
+        for names in FUSED:
+            for layer in [layer for name, layer in self._tensors if name == names[0]]:
+                parts = [self.get(name, layer) for name in names]
+                present = [part for part in parts if part is not None]
+                if len(present) == len(names):
+                    views = torch.split(torch.cat(present), [len(part) for part in present])
+                    self._tensors.update(zip([(name, layer) for name in names], views, strict=True))
+
+    def fused(self, names: tuple[str, ...], layer: int) -> Tensor:
+        """The rows of several matrices as one: a view after `fuse`, else a copy."""
+        first, *rest = parts = [self(name, layer) for name in names]
+        end = first.data_ptr()
+        for part in parts:
+            if part.data_ptr() != end or not part.is_contiguous() or part.is_meta:
+                return torch.cat(parts)
+            end += part.nbytes
+        rows = len(first) + sum(map(len, rest))
+        return first.as_strided((rows, first.shape[1]), first.stride())
+
     def to_float32(self) -> None:
         """Widen all tensors in place, one by one."""
         widened: dict[int, Tensor] = {}  # by identity: a tied LM head stays one tensor
         for key, tensor in self._tensors.items():
             self._tensors[key] = widened.setdefault(id(tensor), tensor.float())
+        self.fuse()
 
 
 class Source(Protocol):
@@ -70,7 +96,9 @@ def load_weights(model: Model, pieces: tuple[Piece, ...], device: torch.device, 
             for layer in piece.layers if piece.layers is not None else (None,):
                 tensors[piece.name, layer] = _read(source, piece, layer, kept, device)
                 progress(len(tensors), total)
-    return Weights(tensors)
+    weights = Weights(tensors)
+    weights.fuse()
+    return weights
 
 
 def _twin(piece: Piece, pieces: tuple[Piece, ...]) -> tuple[str, None]:
@@ -92,6 +120,8 @@ def _read(source: Source, piece: Piece, layer: int | None, dtype: torch.dtype, d
         name = piece.tensor.format(layer=layer, expert=expert)
         return source.read(name, piece.shape, piece.box).to(device=device, dtype=dtype)
 
+    if piece.name in BY_COLUMNS:
+        return one(None).transpose(1, 2).contiguous().transpose(1, 2)
     if piece.experts is None:
         return one(None).contiguous()
     return _aligned(torch.stack([one(expert) for expert in range(*piece.experts)]), piece.name)

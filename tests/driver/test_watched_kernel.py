@@ -89,6 +89,6 @@ def test_kernels_are_watched_only_when_asked_for(
     (tmp_path / "kernel.cubin").write_bytes(b"any")
     planned = configure(problems(mla(16, 32), 2, "sm_90a")[0]).planned()
     device = torch.device("cuda", 0)
-    loaded = ops_cuda._load(dataclasses.replace(planned, cubin="kernel.cubin"), tmp_path, device)
+    loaded = ops_cuda.load_kernel(dataclasses.replace(planned, cubin="kernel.cubin"), tmp_path, device)
     watched = switch in ("HELIXC_SYNC", "HELIXC_LOG_LAUNCHES")
     assert type(loaded) is (WatchedKernel if watched else LoadedKernel)

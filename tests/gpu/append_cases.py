@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
-from helixc_runtime.manifest import SCALE_COLUMNS
 from helixc_runtime.ops import GqaProjections, MlaProjections, Projections
 from helixc_runtime.quantize import EXPONENT_BIAS, dequantize
 
@@ -20,8 +19,8 @@ def random_projections(
 ) -> Projections:
     """Slices of fused projections and a transposed product, all in shape.dtype.
 
-    Tokens differ in magnitude, every second is small enough for the norm's eps to matter, and so do the groups of
-    columns that an FP8 scale covers, so that another group's scale is noticed. Some elements are subnormal in FP8.
+    Tokens differ in magnitude, every second is small enough for the norm's eps to matter, and so do their
+    heads, so that another's FP8 scale is noticed. Some elements are subnormal in FP8.
     """
     dtype: torch.dtype = getattr(torch, shape.dtype)
     gain = 10.0 ** (torch.rand(tokens, 1, 1, generator=generator) * 2 - 1)
@@ -29,10 +28,8 @@ def random_projections(
 
     def normal(heads: int, width: int, unused: int) -> Tensor:
         """[tokens, heads, unused + width], NaN in the unused columns."""
-        groups = -(-width // SCALE_COLUMNS)
-        group_gain = torch.exp2(-torch.randint(0, 4, (tokens, heads, groups), generator=generator).float())
-        x = torch.randn(tokens, heads, width, generator=generator) * gain
-        x *= group_gain.repeat_interleave(SCALE_COLUMNS, dim=-1)[..., :width]
+        head_gain = torch.exp2(-torch.randint(0, 4, (tokens, heads, 1), generator=generator).float())
+        x = torch.randn(tokens, heads, width, generator=generator) * gain * head_gain
         x = torch.where(torch.rand(x.shape, generator=generator) < 0.1, x * 2.0**-13, x)
         return torch.cat((torch.full((tokens, heads, unused), torch.nan), x), dim=-1).to(device, dtype)
 
@@ -73,14 +70,12 @@ def check_quantized(
     One element in a hundred may be the neighbour of the other's. A scale may differ only where the float64 `exact` is
     so near a limit, 448 times a power of two, that rounding by `bound` decides which side it is on.
     """
-    width = elements.shape[-1]
-    largest = torch.stack([g.abs().amax(-1) for g in exact.split(SCALE_COLUMNS, dim=-1)], dim=-1)
+    largest = exact.abs().amax(-1, keepdim=True)
     low = torch.minimum(scales, like_scales).double()
     ratio = largest / (448 * torch.exp2(low - EXPONENT_BIAS))
     other = scales != like_scales
     assert ((ratio[other] - 1).abs() <= bound).all(), f"scales differ: {scales[other]} and {like_scales[other]}"
-    same = ~other.repeat_interleave(SCALE_COLUMNS, dim=-1)[..., :width]
-    steps = (_ordinal(elements) - _ordinal(like_elements)).abs()[same]
+    steps = (_ordinal(elements) - _ordinal(like_elements)).abs()[~other.squeeze(-1)]
     assert not steps.numel() or int(steps.max()) <= 1, f"elements differ by {steps.max()} steps"
     assert int(steps.sum()) <= max(1, steps.numel() // 100), f"{steps.sum()} of {steps.numel()} elements differ"
     # Half a unit in the last of 4 bits at most.

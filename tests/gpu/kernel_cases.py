@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
-from helixc_runtime.manifest import SCALE_COLUMNS, Dtype, KvDtype
+from helixc_runtime.manifest import Dtype, KvDtype
 from helixc_runtime.ops import DecodeBatch, LayerCache, Ops, Partial, Projections
 from helixc_runtime.ops_torch import TorchOps
 from helixc_runtime.quantize import dequantize, quantize
@@ -114,7 +114,7 @@ def random_case(
     )
     q = torch.randn(tokens, shape.heads, shape.head_dim, generator=generator).to(device, dtype)
     new = random_projections(shape, tokens, device, generator)
-    return Case(shape, q, new, _moved(cache, device), batch, _moved(original, device))
+    return Case(shape, q, new, moved(cache, device), batch, moved(original, device))
 
 
 def _random_owned(lengths: list[int], query_tokens: int, generator: torch.Generator) -> Tensor:
@@ -159,20 +159,19 @@ def _some_random_pages(
     dtype: torch.dtype = getattr(torch, shape.dtype)
     device, unused = generator.device, ~stored.unsqueeze(-1)
     original = torch.randn(*stored.shape, shape.head_dim, generator=generator, device=device)
-    if not shape.scale_groups:
+    if not shape.scale_bytes:
         original = original.to(dtype).masked_fill_(unused, torch.nan)
         return original.to(getattr(torch, shape.kv_dtype)), None, original
-    # Groups of unlike magnitude, so that another group's scale is noticed.
-    size = (*stored.shape, shape.scale_groups)
-    gain = torch.exp2(-torch.randint(0, 4, size, generator=generator, device=device).float())
-    original *= gain.repeat_interleave(SCALE_COLUMNS, dim=-1)[..., : shape.head_dim]
+    # Vectors of unlike magnitude, so that another's scale is noticed.
+    size = (*stored.shape, 1)
+    original *= torch.exp2(-torch.randint(0, 4, size, generator=generator, device=device).float())
     original = original.to(dtype).masked_fill_(unused, torch.nan)
     elements, scales = quantize(original)
     garbage = torch.randint(0, 511, size, generator=generator, device=device).clamp_max(255).to(torch.uint8)
     return elements, torch.where(unused, garbage, scales), original
 
 
-def _moved(cache: LayerCache, device: torch.device) -> LayerCache:
+def moved(cache: LayerCache, device: torch.device) -> LayerCache:
     tensors = (cache.k, cache.v, cache.k_scale, cache.v_scale)
     k, v, k_scale, v_scale = (None if tensor is None else tensor.to(device, copy=True) for tensor in tensors)
     assert k is not None
@@ -228,7 +227,7 @@ def check_append(ops: Ops, case: Case, bound: float) -> None:
     """Run append and compare q, the stored tokens and every other byte of the cache with the oracle."""
     shape, batch, oracle = case.shape, case.batch, TorchOps(case.shape)
     device = batch.slots.device
-    before, like, exact = _moved(case.cache, device), _moved(case.cache, device), to_double(case.cache)
+    before, like, exact = moved(case.cache, device), moved(case.cache, device), to_double(case.cache)
     want = oracle.append(doubled(case.new), exact, batch)
     oracle.append(case.new, like, batch)
     got = ops.append(case.new, case.cache, batch)
@@ -278,14 +277,14 @@ def check_elements(ops: Ops, shape: AttentionShape, device: torch.device) -> Non
     cache = LayerCache(
         k=torch.zeros(size).to(torch.float8_e4m3fn),
         v=v.view(torch.uint8).expand(size).contiguous().view(torch.float8_e4m3fn),
-        k_scale=torch.full((*size[:3], 2), 127, dtype=torch.uint8),
-        v_scale=scales.view(rows, 1, 1, 1).expand(*size[:3], 2).contiguous(),
+        k_scale=torch.full((*size[:3], 1), 127, dtype=torch.uint8),
+        v_scale=scales.view(rows, 1, 1, 1).expand(*size[:3], 1).contiguous(),
     )
     ones, nothing = torch.ones(rows, dtype=torch.int32), torch.zeros(rows, 128)
     table = torch.arange(rows, dtype=torch.int32).unsqueeze(1)
     batch = DecodeBatch(nothing, nothing, table.to(device), ones.to(device), ones, ones)
-    got = ops.attend(torch.zeros(rows, 1, 256).to(device), _moved(cache, device), batch)
-    want = dequantize(v.expand(rows, 256), scales.unsqueeze(1).expand(rows, 2))
+    got = ops.attend(torch.zeros(rows, 1, 256).to(device), moved(cache, device), batch)
+    want = dequantize(v.expand(rows, 256), scales.unsqueeze(1))
     assert int(want.isnan().sum()) == 2 * rows
     torch.testing.assert_close(got.o[:, 0].cpu(), want, rtol=0, atol=0, equal_nan=True)
 

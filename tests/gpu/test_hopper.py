@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,20 @@ import torch
 from helixc.codegen.build import compile_all, render_all
 from helixc.codegen.problem import attention, problems
 from helixc_runtime.attention_shape import AttentionShape
-from helixc_runtime.ops import DecodeBatch, LayerCache
+from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
 from helixc_runtime.ops_cuda import CudaOps
 from helixc_runtime.ops_torch import TorchOps
-from tests.gpu.kernel_cases import attend_in_double, check_partial, gqa, mla, random_cache, to_double
+from tests.gpu.append_cases import random_projections
+from tests.gpu.kernel_cases import (
+    attend_in_double,
+    check_partial,
+    gqa,
+    mla,
+    moved,
+    random_cache,
+    random_case,
+    to_double,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,6 +43,10 @@ SHAPES = {
         for heads in (16, 32, 64, 128)
         for block in (32, 64)
     },
+    "mla h8": mla(8, 64),
+    "mla h8 b32 fp8 t2": mla(8, 32, kv_dtype="float8_e4m3fn", query_tokens=2),
+    "mla h40 b32": mla(40, 32),
+    "mla h72": mla(72, 64),
     "mla h16 t4": mla(16, 64, query_tokens=4),
     "mla h32 b32 t3": mla(32, 32, query_tokens=3),
     "mla h64 t2": mla(64, 64, query_tokens=2),
@@ -193,6 +208,45 @@ def test_a_graph_replays_with_other_lengths_and_pages(shape: AttentionShape, fol
         check_partial(captured, want, BOUND)
 
 
+@pytest.mark.parametrize("shape", ONE_OF_EACH, ids=str)
+def test_layers_in_a_graph_see_their_new_tokens(shape: AttentionShape, folder: Path, seed: int) -> None:
+    """Each layer's kernels may start before the one before has ended; what append writes must be there by then."""
+    layers, generator = 3, torch.Generator().manual_seed(seed)
+    case = random_case(shape, [9_001, 3, 640, 64, 65, 130, 0, 4_000], DEVICE, seed)
+    ops, batch, tokens = make_ops(shape, folder), case.batch, len(case.q)
+    caches = [moved(case.cache, DEVICE) for _ in range(layers)]
+    news = [random_projections(shape, tokens, DEVICE, generator) for _ in range(layers)]
+    done: list[tuple[torch.Tensor, Partial]] = []
+
+    def step() -> None:
+        ops.begin_step(batch)
+        done.clear()
+        for new, cache in zip(news, caches, strict=True):
+            q = ops.append(new, cache, batch)
+            done.append((q, ops.attend(q, cache, batch)))
+
+    stream = torch.cuda.Stream(DEVICE)
+    stream.wait_stream(torch.cuda.current_stream(DEVICE))
+    with torch.cuda.stream(stream):
+        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    for _ in range(5):
+        for new, cache in zip(news, caches, strict=True):
+            fresh = random_projections(shape, tokens, DEVICE, generator)
+            for to, value in ((getattr(new, f.name), getattr(fresh, f.name)) for f in fields(new)):
+                if to is not None:
+                    to.copy_(value)
+            for name in ("k", "v", "k_scale", "v_scale"):
+                if (poisoned := getattr(case.cache, name)) is not None:
+                    getattr(cache, name).copy_(poisoned)
+        graph.replay()
+        torch.cuda.synchronize(DEVICE)
+        for (q, got), cache in zip(done, caches, strict=True):
+            check_partial(got, TorchOps(shape).attend(q.double(), to_double(cache), batch), BOUND)
+
+
 @pytest.mark.parametrize("query_tokens", [1, 4])
 def test_scales_far_apart(query_tokens: int, folder: Path, seed: int) -> None:
     """Queries beyond float16 and keys as small; values of which some are 2^120 times others."""
@@ -203,6 +257,19 @@ def test_scales_far_apart(query_tokens: int, folder: Path, seed: int) -> None:
     cache.k_scale.sub_(40)
     cache.v_scale.add_(torch.randint(-60, 61, cache.v_scale.shape, generator=generator, device=DEVICE))
     q, ops = random_queries(shape, 4, generator, gain=2.0**40), make_ops(shape, folder)
+    want = TorchOps(shape).attend(q.double(), to_double(cache), batch)
+    check_partial(ops.attend(q, cache, batch), want, BOUND)
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+def test_mla_scales_far_apart(heads: int, folder: Path, seed: int) -> None:
+    """Tokens of which some are 2^120 times others; the weights are all alike, so the largest make the result."""
+    shape = mla(heads, 64, kv_dtype="float8_e4m3fn")
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    cache, batch = random_pages(shape, [3000, 77, 0, 640], generator)
+    assert cache.k_scale is not None
+    cache.k_scale.add_(torch.randint(-60, 61, cache.k_scale.shape, generator=generator, device=DEVICE))
+    q, ops = random_queries(shape, 4, generator, gain=2.0**-60), make_ops(shape, folder)
     want = TorchOps(shape).attend(q.double(), to_double(cache), batch)
     check_partial(ops.attend(q, cache, batch), want, BOUND)
 

@@ -65,7 +65,7 @@ FP8_OR_TOKENS = {
     "qwen3-8b, 3 tokens": gqa(32, 8, 128, 32, "float16", query_tokens=3),
     "smollm2 fp8, 4 tokens": gqa(9, 3, 64, 4, "float32", kv_dtype="float8_e4m3fn", query_tokens=4),
     "thirteen heads fp8": gqa(13, 1, 72, 64, kv_dtype="float8_e4m3fn"),
-    "two groups of columns": gqa(4, 2, 200, 4, "float16", kv_dtype="float8_e4m3fn", query_tokens=2),
+    "two hundred columns": gqa(4, 2, 200, 4, "float16", kv_dtype="float8_e4m3fn", query_tokens=2),
 }
 
 

@@ -96,6 +96,17 @@ ORDER = (
         on_instances(lambda i: (i[0], replace(i[1], ranks=i[1].ranks[:4]), i[2])),
     ),
     Bug(
+        "a prefill that is one-sided",
+        "transports",
+        on_instances(lambda i: (replace(i[0], exchange="one_sided"), *i[1:])),
+    ),
+    Bug(
+        "more rows summed one-sidedly than a batch has",
+        "transports",
+        on_instances(lambda i: (i[0], replace(i[1], reduce_rows=i[1].max_batch_size + 1), i[2])),
+    ),
+    Bug("ranks of two hosts that write into each other's memory", "transports", on_rank(5, node=1, device=0)),
+    Bug(
         "two ranks of an instance in the wrong order",
         "numbering",
         on_instances(lambda i: (i[0], replace(i[1], ranks=(5, 4, *i[1].ranks[2:])), i[2])),

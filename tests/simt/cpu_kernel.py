@@ -21,11 +21,13 @@ import pytest
 import torch
 
 from helixc.codegen.build import render_all
-from helixc.codegen.problem import problems
+from helixc.codegen.problem import KernelSpec, ffn, problems
 from helixc.codegen.render import KernelSource
 from helixc.codegen.template_root import template_root
 from helixc_runtime import ops_cuda
 from helixc_runtime.attention_shape import AttentionShape
+from helixc_runtime.ffn_cuda import ARGUMENTS, CudaFfn
+from helixc_runtime.ffn_shape import FfnShape
 
 _HERE = Path(__file__).parent
 _MACHINE = ("machine.cpp", "copy_engine.cpp", "tensor_cores.cpp")
@@ -127,6 +129,15 @@ class CpuKernel:
             raise KernelFault(f"{self._name}: {fault.decode()}")
 
 
+_empty = torch.empty
+
+
+def _poisoned(*size: int, **options: Any) -> torch.Tensor:
+    """torch.empty: what is not written shall not be what happened to be there."""
+    made = _empty(*size, **options)
+    return made.fill_(torch.nan if made.is_floating_point() else 85)
+
+
 def cpu_ops(
     shape: AttentionShape,
     cp: int,
@@ -137,11 +148,12 @@ def cpu_ops(
     arch: str = "sm_100a",
     only_append: bool = False,
     idle: Collection[str] = (),
+    more: Sequence[KernelSpec] = (),
 ) -> ops_cuda.CudaOps:
     """CudaOps whose kernels for `arch` run on the CPU, from the templates at `root`, for `processors` multiprocessors.
 
     `folder` stands for the artifact. Kernels of the templates `idle` do nothing; with `only_append` there are no others
-    but append. Launches raise KernelFault.
+    but append; `more` come with them. Launches raise KernelFault.
     """
     root = root or template_root()
     gpu = processors if isinstance(processors, Gpu) else Gpu(processors)
@@ -152,14 +164,13 @@ def cpu_ops(
     properties = types.SimpleNamespace(multi_processor_count=gpu.processors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setitem(sys.modules, "cuda.bindings", types.SimpleNamespace(driver=_Driver))
-    empty = torch.empty  # what is not written shall not be what happened to be there
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty", _poisoned)
     specs = problems(shape, cp, arch)
     if only_append:
         specs = tuple(spec for spec in specs if spec.template == "append")
         monkeypatch.setattr(ops_cuda, "make_attend", lambda *arguments: None)
     kernels = []
-    for source in render_all(specs, root):
+    for source in render_all((*specs, *more), root):
         planned = source.config.planned()
         if planned.template in idle:
             source = dataclasses.replace(source, text=f'extern "C" void {planned.name}() {{}}')
@@ -169,6 +180,26 @@ def cpu_ops(
         link.symlink_to(library)
         kernels.append(dataclasses.replace(planned, cubin=library.name))
     return ops_cuda.CudaOps(shape, kernels, folder, torch.device("cpu"))
+
+
+def cpu_ffn(
+    shape: FfnShape,
+    max_rows: int,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: Gpu,
+    root: Path | None = None,
+) -> CudaFfn:
+    """CudaFfn whose kernels run on the CPU, as cpu_ops."""
+    monkeypatch.setattr(CpuKernel, "gpu", gpu, raising=False)
+    monkeypatch.setattr(torch, "empty", _poisoned)
+    kernels, loaded = [], {}
+    for source in render_all(ffn(shape, max_rows, "sm_90a"), root or template_root()):
+        planned = source.config.planned()
+        arguments, threads = ARGUMENTS[planned.template], int(planned.params["threads"])
+        loaded[planned.name] = CpuKernel(build(source, root), planned.name, arguments, threads, torch.device("cpu"))
+        kernels.append(planned)
+    return CudaFfn(shape, kernels, loaded, gpu.processors, torch.device("cpu"))
 
 
 def build(source: KernelSource, root: Path | None = None) -> Path:

@@ -25,6 +25,10 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 
+inline void sincospif(float x, float* sine, float* cosine) {
+  *sine = float(std::sin(M_PI * x)), *cosine = float(std::cos(M_PI * x));
+}
+
 inline void __syncthreads() { simt::block_barrier(0, simt::kAllThreads); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   simt::meet("__syncwarp", mask, nullptr, [](const simt::Lanes&) {});
@@ -84,6 +88,19 @@ template <class T> T __shfl_down_sync(unsigned mask, T x, unsigned distance) {
 inline unsigned __ballot_sync(unsigned mask, bool x) { return simt::ballot("__ballot_sync", mask, x); }
 inline int __any_sync(unsigned mask, bool x) { return simt::ballot("__any_sync", mask, x) != 0; }
 inline int __all_sync(unsigned mask, bool x) { return simt::ballot("__all_sync", mask, !x) == 0; }
+// Of unsigned integers.
+inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
+  struct Largest { unsigned mine, result; } largest = {x, 0};
+  simt::meet("__reduce_max_sync", mask, &largest, [](const simt::Lanes& lanes) {
+    unsigned all = 0;
+    for (unsigned i = 0; i < 32; ++i)
+      if (lanes.has(i)) all = std::max(all, lanes.at<Largest>(i).mine);
+    for (unsigned i = 0; i < 32; ++i)
+      if (lanes.has(i)) lanes.at<Largest>(i).result = all;
+  });
+  return largest.result;
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned x) { return ~__reduce_max_sync(mask, ~x); }
 inline int __reduce_add_sync(unsigned mask, int x) {
   struct Sum { int mine, result; } sum = {x, 0};
   simt::meet("__reduce_add_sync", mask, &sum, [](const simt::Lanes& lanes) {

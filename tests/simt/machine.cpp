@@ -118,7 +118,9 @@ template <class F> void for_each_fiber(Block& block, F&& f) {
 }
 
 void release_named(Block& block, unsigned number) {
-  block.named[number].arrived = 0;
+  NamedBarrier& barrier = block.named[number];
+  barrier.arrived = 0;
+  barrier.verdict = std::exchange(barrier.any, false);
   ++machine.events;
   for_each_fiber(block, [&](Fiber& fiber) {
     if (fiber.wait == Wait::block && fiber.number == number && &fiber != machine.current) wake(fiber);
@@ -409,7 +411,9 @@ void give_way() {
 
 unsigned lane() { return machine.current->thread % 32; }
 
-void block_barrier(unsigned number, unsigned threads) {
+void block_barrier(unsigned number, unsigned threads) { block_barrier_any(number, threads, false); }
+
+bool block_barrier_any(unsigned number, unsigned threads, bool mine) {
   if (number > 15) fail("there is no barrier %u", number);
   if (threads % 32 != 0) fail("barrier %u of %u threads, which are no whole warps", number, threads);
   Block& block = this_block();
@@ -417,12 +421,14 @@ void block_barrier(unsigned number, unsigned threads) {
   if (barrier.arrived && barrier.expected != threads)
     fail("barrier %u is entered for %u threads and for %u", number, barrier.expected, threads);
   barrier.expected = threads;
+  barrier.any |= mine;
   if (++barrier.arrived == (threads == kAllThreads ? block.live : threads)) {
     release_named(block, number);
-    return;
+  } else {
+    machine.current->number = number;
+    suspend(Wait::block);
   }
-  machine.current->number = number;
-  suspend(Wait::block);
+  return barrier.verdict;
 }
 
 void cluster_barrier() {

@@ -65,7 +65,10 @@ struct Warp {
   bool fenced;
 };
 
-struct NamedBarrier { unsigned expected, arrived; };
+struct NamedBarrier {
+  unsigned expected, arrived;
+  bool any, verdict;  // of those who have arrived; of the last phase
+};
 
 struct Block {
   Cluster* cluster;

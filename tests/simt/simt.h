@@ -50,6 +50,7 @@ unsigned lane();
 
 constexpr unsigned kAllThreads = 0;
 void block_barrier(unsigned number, unsigned threads);
+bool block_barrier_any(unsigned number, unsigned threads, bool mine);
 void cluster_barrier();
 unsigned cluster_rank();
 // Lets others run: in a loop that waits for another thread's write.
@@ -97,9 +98,9 @@ void copy_bulk(std::uint32_t to, const void* from, unsigned bytes, std::uint32_t
 
 // ---- Tensor cores ---------------------------------------------------------------------------------------------------
 
-enum class Element : unsigned { bfloat16, e4m3 };
+enum class Element : unsigned { bfloat16, float16, e4m3 };
 
-// d[64][columns] += a[64][k] b[k][columns] of one warpgroup; k is 16 of bfloat16 or 32 of e4m3.
+// d[64][columns] += a[64][k] b[k][columns] of one warpgroup; k is 16 of 16-bit elements or 32 of e4m3.
 struct Product {
   float* d;
   unsigned columns;

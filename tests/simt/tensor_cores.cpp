@@ -10,6 +10,8 @@ namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
 
+bool wide(Element element) { return element != Element::e4m3; }
+
 // The place of sum (row, column) of the warp's rows: lane and index in its registers.
 unsigned owner(unsigned row, unsigned column) { return row % 8 * 4 + column % 8 / 2; }
 unsigned position(unsigned row, unsigned column) { return column / 8 * 4 + row / 8 * 2 + column % 2; }
@@ -37,7 +39,7 @@ struct Operand {
 
 // to[k][column] of a [k][columns] matrix; `first` + column is its row (k contiguous) or column (transposed).
 template <class F> void load(const Operand& from, Element element, bool transposed, unsigned first, unsigned count, F&& to) {
-  const unsigned size = element == Element::bfloat16 ? 2 : 1, pieces = 2, per_piece = 16 / size;
+  const unsigned size = wide(element) ? 2 : 1, pieces = 2, per_piece = 16 / size;
   if (!transposed) {
     for (unsigned x = 0; x < count; ++x)
       for (unsigned half = 0; half < pieces; ++half) {
@@ -51,7 +53,7 @@ template <class F> void load(const Operand& from, Element element, bool transpos
       }
     return;
   }
-  if (element != Element::bfloat16) fail("a transposed operand of 8-bit elements");
+  if (!wide(element)) fail("a transposed operand of 8-bit elements");
   for (unsigned k = 0; k < 16; ++k)
     for (unsigned x = 0; x < count; x += 8) {
       const unsigned column = first + x;
@@ -74,7 +76,7 @@ void multiply(float (*sums)[256], const float (*a)[32], const float (*b)[256], u
 
 // The fragment of A that lane `lane` holds in registers: rows lane / 4 and 8 on, 4 bytes of k and 16 bytes on.
 void load_registers(const PendingProduct& pending, float (*a)[32]) {
-  const bool wide = pending.product.element == Element::bfloat16;
+  const bool wide = simt::wide(pending.product.element);
   for (unsigned lane = 0; lane < 32; ++lane)
     for (unsigned word = 0; word < 4; ++word)
       for (unsigned i = 0; i < (wide ? 2u : 4u); ++i) {
@@ -99,7 +101,7 @@ void perform_first(Warp& warp) {
   load(Operand(*warp.block, product.b), product.element, product.b_transposed, 0, product.columns,
        [](unsigned k, unsigned column, float x) { b[k][column] = x; });
   if (!product.accumulate) std::memset(sums.sums, 0, sizeof sums.sums);
-  multiply(sums.sums, a, b, product.element == Element::bfloat16 ? 16 : 32, product.columns);
+  multiply(sums.sums, a, b, wide(product.element) ? 16 : 32, product.columns);
   if (--sums.products == 0) {
     for (unsigned row = 0; row < 16; ++row)
       for (unsigned column = 0; column < sums.columns; ++column)
@@ -159,6 +161,12 @@ float to_float(Element element, unsigned bits) {
     float x;
     std::memcpy(&x, &word, 4);
     return x;
+  }
+  if (element == Element::float16) {
+    const std::uint16_t half = std::uint16_t(bits);
+    _Float16 x;
+    std::memcpy(&x, &half, 2);
+    return float(x);
   }
   const unsigned exponent = bits >> 3 & 15, fraction = bits & 7;
   const float sign = bits & 0x80 ? -1.0f : 1.0f;

@@ -21,6 +21,7 @@ from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.manifest import Dtype
 from helixc_runtime.models.layers import rms_norm
 from helixc_runtime.ops import Partial
+from helixc_runtime.ops_cuda import ARGUMENTS
 from helixc_runtime.ops_torch import TorchOps
 from tests.gpu.kernel_cases import check_partial, gqa, mla, relative_error
 from tests.simt.bugs import Bug, planted
@@ -29,10 +30,6 @@ from tests.simt.cpu_kernel import CpuKernel, Gpu, build
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 NOTHING = -(2**31)  # kNothing of inbox.cuh as int32
-ARGUMENTS = {  # in order; the limit in nanoseconds is as wide as a pointer
-    "exchange": ("pointer",) * 7 + ("int32",) * 4,
-    "reduce": ("pointer",) * 10 + ("int32",) * 3,
-}
 BOUNDS: dict[Dtype, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 MAX_ROWS = 5
 PATIENCE_S = 20.0
@@ -55,15 +52,17 @@ class Gpus:
             self.kernels.append(CpuKernel(copy, spec.name, arguments, self.threads, torch.device("cpu")))
         self.inboxes = [torch.full((inbox_words,), NOTHING, dtype=torch.int32) for _ in range(members)]
         self.addresses = torch.tensor([inbox.data_ptr() for inbox in self.inboxes])
-        self.counts = torch.zeros(members, dtype=torch.int32)
+        self.progress = torch.zeros(members, 2, dtype=torch.int32)  # messages and steps
         self.status = torch.zeros(members, 4, dtype=torch.int32)
         self.limit_s = PATIENCE_S
 
     def launch(self, rank: int, index: int, blocks: int, pointers: list[Tensor | None], sizes: list[int]) -> None:
         """One launch on GPU `rank`; the group's arguments stand between the kernel's pointers and its sizes."""
         before = [0 if t is None else t.data_ptr() for t in pointers]
-        group = [t.data_ptr() for t in (self.addresses, self.counts[rank:], self.status[rank])]
-        self.kernels[rank].launch((blocks, 1, 1), *before, *group, int(self.limit_s * 1e9), rank, index, *sizes)
+        group = [t.data_ptr() for t in (self.addresses, self.progress[rank], self.status[rank])]
+        self.kernels[rank].launch(
+            (blocks, 1, 1), *before, *group, int(self.limit_s * 1e9), rank, index, 100 + index, *sizes
+        )
 
     def slow_down(self, rank: int, times: int) -> None:
         """GPU `rank` sleeps so often, before one in eight reads of its inbox."""
@@ -141,7 +140,7 @@ def check_exchanges(gpus: Exchange, steps: int, calls: int, seed: int, slow: int
             for call in range(calls):
                 time.sleep(delays[rank][step * calls + call])
                 results[rank].append(gpus(rank, call, parts[step][call][rank]))
-            gpus.counts[rank] += calls
+            gpus.progress[rank, 0] += calls
 
     gpus.together(body)
     assert gpus.at_rest()
@@ -177,7 +176,7 @@ def test_a_peer_that_is_gone_is_named(tmp_path: Path, seed: int) -> None:
     shape = gqa(9, 3, 64, 32)
     gpus = Exchange(shape, 3, tmp_path)
     gpus.limit_s = 0.2
-    gpus.counts += 40
+    gpus.progress += 40
     parts = random_partials(shape, 3, 3, torch.Generator().manual_seed(seed))
     parts = [Partial(part.o.nan_to_num(), part.lse.nan_to_num(neginf=0.0)) for part in parts]
     started = time.monotonic()
@@ -187,7 +186,7 @@ def test_a_peer_that_is_gone_is_named(tmp_path: Path, seed: int) -> None:
 
     gpus.together(body, range(2))
     assert time.monotonic() - started < 5
-    assert gpus.status[:, :3].tolist() == [[1, 2, 42], [1, 2, 42], [0, 0, 0]]
+    assert gpus.status.tolist() == [[1, 2, 40, 102], [1, 2, 40, 102], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -195,18 +194,21 @@ def test_a_peer_that_is_gone_is_named(tmp_path: Path, seed: int) -> None:
     [
         ("*word = kNothing;", ""),
         ("*v = Vector16{{kNothing, kNothing, kNothing, kNothing}};", ""),
-        ("half(group.exchange() % 2)", "half(0)"),
+        ("half(group.half())", "half(0)"),
         ("return word == kNothing ? 0 : word;", "return word;"),
         (
             "const i64 first = row * C::members * C::heads + head;",
             "const i64 first = row * C::members * C::heads + (head + 1) % C::heads;",
         ),
         (
-            "const float weight = expf(part_lse[member] - largest);",
-            "const float weight = exp2f(part_lse[member] - largest);",
+            "weight = expf(lse - largest_now);",
+            "weight = exp2f(lse - largest_now);",
         ),
         ("if (!is_minus_infinity(part_lse)) {", "{"),
         ("group.rank, unit), sendable(u32(", "group.rank, unit), (u32("),
+        ("total = total * before + weight;", "total = total + weight;"),
+        ("if (!arrived(word)) word = receive(lse, group, sender);", ""),
+        ("if (!arrived(head.parts[round])) head.parts[round] =", "if (false) head.parts[round] ="),
     ],
 )
 def test_a_wrong_exchange_is_noticed(right: str, wrong: str, tmp_path: Path, seed: int) -> None:
@@ -236,7 +238,7 @@ def check_reductions(
 ) -> None:
     eps, kind, steps, calls = 1e-5, getattr(torch, dtype), 5, 2
     words = 2 * members * MAX_ROWS * hidden * kind.itemsize // 4
-    gpus = Gpus(reduce(members, hidden, eps, bias, dtype, "sm_100a"), members, words, folder, root)
+    gpus = Gpus(reduce(members, hidden, eps, dtype, "sm_100a"), members, words, folder, root)
     gpus.limit_s = PATIENCE_S if root is None else 0.5
     source, generator = random.Random(seed), torch.Generator().manual_seed(seed)
 
@@ -261,7 +263,7 @@ def check_reductions(
             pointers = [out, normed, summands[rank], residual, offset, weight]
             gpus.launch(rank, number % calls, len(residual), pointers, [MAX_ROWS])
             results[rank].append((out, normed))
-            gpus.counts[rank] += calls * (number % calls == calls - 1)
+            gpus.progress[rank, 0] += calls * (number % calls == calls - 1)
 
     gpus.together(body)
     assert gpus.at_rest()
@@ -286,10 +288,10 @@ def test_reductions_in_a_row(members: int, hidden: int, dtype: Dtype, bias: bool
     ("right", "wrong"),
     [
         ("forget(from);", ""),
-        ("const i64 half = group.exchange() % 2;", "const i64 half = 0;"),
+        ("const i64 half = group.half();", "const i64 half = 0;"),
         ("/ float(C::hidden) + C::eps", "/ float(C::hidden + 8) + C::eps"),
-        ("if constexpr (C::bias) add_elements<Element>(sum[round], vector(bias, i));", ""),
-        ("add_elements<Element>(sum[round], vector(residual, first + i));", ""),
+        ("if (bias) add_elements<Element>(sum[round], vector(bias, i));", ""),
+        ("if (residual) add_elements<Element>(sum[round], before[round]);", ""),
     ],
 )
 def test_a_wrong_reduction_is_noticed(right: str, wrong: str, tmp_path: Path, seed: int) -> None:

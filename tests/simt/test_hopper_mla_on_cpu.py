@@ -32,6 +32,8 @@ SHAPES = {
     "fp8 h32 b32 3 tokens": mla(32, 32, kv_dtype=FP8, query_tokens=3),  # 64 queries in one block, 32 in the other
     "fp8 h64 b32 4 tokens": mla(64, 32, kv_dtype=FP8, query_tokens=4),  # two rows of the schedule for one
     "fp8 h128 b64 2 tokens": mla(128, 64, kv_dtype=FP8, query_tokens=2),
+    "fp8 h24 b32 2 tokens": mla(24, 32, kv_dtype=FP8, query_tokens=2),
+    "h8 b32 2 tokens": mla(8, 32, query_tokens=2),
     "h16 b32 3 tokens": mla(16, 32, query_tokens=3),
     "h32 b64 3 tokens": mla(32, 64, query_tokens=3),
     "h64 b32 2 tokens": mla(64, 32, query_tokens=2),

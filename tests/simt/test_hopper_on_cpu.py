@@ -30,8 +30,10 @@ CPU = torch.device("cpu")
 BOUND = 5e-3  # relative Frobenius error of o in bfloat16
 # Shapes, and multiprocessors: fewer than there are rows, so that rows are cut and merged, and more than there is work.
 SHAPES = {
+    "mla h8 b64": (mla(8, 64), 3),
     "mla h16 b64": (mla(16, 64), 4),
     "mla h64 b32": (mla(64, 32), 15),
+    "mla h72 b64": (mla(72, 64), 3),  # 64 queries in one block, 8 in the other
     "mla h128 b32": (mla(128, 32), 4),
     "mla h128 b64": (mla(128, 64), 6),
     "gqa 2,2 d64 b16": (gqa(2, 2, 64, 16), 5),

@@ -10,12 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from helixc.codegen.problem import reduce
 from helixc.codegen.template_root import template_root
 from helixc_runtime.attention_shape import AttentionShape
-from helixc_runtime.ops import GqaProjections, MlaProjections
+from helixc_runtime.manifest import Dtype
+from helixc_runtime.ops import GqaProjections, MlaProjections, Norm
 from helixc_runtime.ops_cuda import CudaOps
 from helixc_runtime.ops_torch import TorchOps
-from tests.gpu.kernel_cases import APPEND_SHAPES, check_append, check_attend, check_combine, gqa, mla, random_case
+from tests.gpu.kernel_cases import (
+    APPEND_SHAPES,
+    check_append,
+    check_attend,
+    check_combine,
+    gqa,
+    mla,
+    random_case,
+    relative_error,
+)
 from tests.simt.bugs import Bug, planted
 from tests.simt.cpu_kernel import cpu_ops
 
@@ -208,9 +219,9 @@ MLA, QWEN3 = "mla fp8", "qwen3 fp8"
         ("llama", "if (active) store<C>(a.q_out", "if (active && a.owned[row]) store<C>(a.q_out"),
         ("llama", "return row < a.rows && a.owned[row];", "return row < a.rows;"),
         (MLA, "return row < a.rows && a.owned[row];", "return row < a.rows;"),
-        (MLA, "scales[group] = scale", "scales[group > 0 ? group - 1 : 0] = scale"),
-        (MLA, "column<C>(chunk, lane) / kScaleColumns == group", "chunk == group"),
-        (MLA, "at / kScaleColumns == group", "at / kScaleColumns == (group ^ 1)"),
+        (MLA, "scales + token, vector", "scales + token / 2, vector"),
+        (MLA, "chunk < Layout<C>::kChunks; ++chunk) largest", "chunk < 1; ++chunk) largest"),
+        (MLA, "scale_of(warp_max_bits<C::lanes>(largest))", "scale_of(largest)"),
         (MLA, "0x7fffffu - 0x600000u", "0x7fffffu"),
         (MLA, "254 - int(scale)", "255 - int(scale)"),
         ("llama", "slot % C::block", "(slot + 1) % C::block"),
@@ -228,3 +239,30 @@ def test_a_wrong_append_is_noticed(
         check_append(
             ops, random_case(APPEND_SHAPES[shape], [5, 9, 0, 70, 8], CPU, seed), BOUNDS[APPEND_SHAPES[shape].dtype]
         )
+
+
+@pytest.mark.parametrize(("dtype", "hidden"), [("float32", 96), ("bfloat16", 1032)])
+def test_add_norm(dtype: Dtype, hidden: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """The reduction of one rank's summand, with and without each of its optional inputs."""
+    shape, eps = gqa(4, 2, 64, 4, dtype), 1e-5
+    others = [reduce(members, hidden, eps, dtype, "sm_100a") for members in (1, 2)]  # one is not for CudaOps
+    ops = cpu_ops(shape, 1, tmp_path, monkeypatch, 4, only_append=True, more=others)
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator).to(getattr(torch, dtype))
+
+    x, residual, bias, norm = normal(5, hidden), normal(5, hidden), normal(hidden), Norm(normal(hidden), eps)
+    for given in ((residual, bias, norm), (None, None, norm), (residual, None, None)):
+        wide = [t.double() if t is not None else None for t in given[:2]]
+        exact = TorchOps(shape).add_norm(x.double(), *wide, Norm(norm.weight.double(), eps) if given[2] else None)
+        for got, want in zip(ops.add_norm(x, *given), exact, strict=True):
+            assert relative_error(got, want) <= BOUNDS[dtype]
+    for wrong, message in (
+        ((x[:, 1:], None, None, None), "x is not contiguous"),
+        ((x, None, None, Norm(norm.weight, 2e-5)), f"no kernel adds and norms {hidden} columns with 2e-05"),
+        ((normal(5, 2 * hidden), None, None, None), f"no kernel adds and norms {2 * hidden} columns with None"),
+        ((x, residual.double(), None, None), "residual is float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.add_norm(*wrong)

@@ -10,13 +10,18 @@ import pytest
 
 from helixc.codegen.build import render_all
 from helixc.codegen.config import configure
-from helixc.codegen.problem import attention, problems
+from helixc.codegen.problem import attention, ffn, problems
 from helixc.codegen.render import Renderer, RenderError
 from helixc.codegen.select import names_for, select
 from helixc.codegen.template_root import template_root
 from helixc_runtime.attention_shape import AttentionShape
+from helixc_runtime.ffn_shape import FfnShape
 from helixc_runtime.manifest import SCHEMA, Groups, Instance, Memory, Model, ModelArch, Plan, Rank, Role, Rope
+from tests.gpu.ffn_cases import QWEN3, V3, V3_LITE
+from tests.gpu.ffn_cases import ffn as mixture_of
 from tests.gpu.kernel_cases import gqa, mla
+
+_LITE = ("router_e64_d2048", "gate_up_d2048_i1408_e64of64k6_i704_n8", "down_d2048_i1408_e64of64k6_i704_n8")
 
 
 def test_names_say_what_a_kernel_is_specialised_on() -> None:
@@ -35,7 +40,8 @@ def test_names_say_what_a_kernel_is_specialised_on() -> None:
     [
         (mla(16, 32), True),
         (mla(128, 64), True),
-        (mla(24, 32), False),  # heads
+        (mla(24, 32), True),
+        (mla(12, 32), False),  # heads are fetched by eights
         (mla(64, 16), False),  # pages shorter than a copy's box
         (mla(64, 32, "float16"), False),
         (gqa(64, 8, 128, 64), True),
@@ -48,7 +54,7 @@ def test_names_say_what_a_kernel_is_specialised_on() -> None:
         (mla(128, 64, query_tokens=4), True),
         (mla(64, 32, query_tokens=5), False),
         (gqa(8, 1, 128, 64, query_tokens=2), True),
-        (gqa(8, 1, 128, 64, query_tokens=3), True),  # 24 queries a KV head
+        (gqa(8, 1, 128, 64, query_tokens=3), True),  # 24 queries a KV head, in two shares
         (gqa(32, 1, 128, 64, query_tokens=5), False),  # and 160
         (mla(64, 32, kv_dtype="float8_e4m3fn"), True),
         (mla(16, 64, kv_dtype="float8_e4m3fn", query_tokens=3), True),
@@ -180,21 +186,56 @@ def _rank(number: int, role: Role, q_heads: int, kv_heads: int) -> Rank:
 
 def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     model = Model("m", None, "dummy", 0, "bfloat16", "bfloat16", _arch(32, 8))
-    context = Instance("context", 0, (0,), 1, 1, 1, 1, 1, False, 4, 128, 0.9)
-    generation = Instance("generation", 0, (1, 2), 2, 2, 1, 4, 1, False, 4, 128, 0.9)
+    context = Instance("context", 0, (0,), 1, 1, 1, 1, 1, False, 4, 128, 0.9, "collective", 0)
+    generation = Instance("generation", 0, (1, 2), 2, 2, 1, 4, 1, False, 4, 128, 0.9, "one_sided", 3)
     ranks = (_rank(0, "context", 32, 8), _rank(1, "generation", 16, 4), _rank(2, "generation", 16, 4))
     plan = Plan(SCHEMA, "p", model, 32, (context, generation), ranks, (), (), ranks[0], ())
     specs = select(plan, ("sm_90a", "sm_100a"))
     hopper, other = (names_for((arch,), model, ranks[1], generation, 32) for arch in ("sm_90a", "sm_100a"))
     append, combine = "append_gqa_h16_kv4_d64_r64_b32_bf16", "combine_cp2_p64_bf16"
-    assert hopper == (append, "gqa_schedule_h16_kv4_d64_b32", "gqa_partial_h16_kv4_d64_b32", combine)
-    assert other == (append, "partial_gqa_h16_kv4_d64_b32_bf16", "merge_p64_bf16", combine)
+    sends = ("batch_r64_b32", "exchange_cp2_h8_p64_bf16", "reduce_n1_d512_bf16", "reduce_n4_d512_bf16")
+    of_ffn = (*(f"linear_w{team}_n8" for team in (1, 2, 4, 8)), "gate_up_d512_i1024_n8", "down_d512_i1024_n8")
+    rest = (combine, *sends, *of_ffn)
+    assert hopper == (append, "gqa_schedule_h16_kv4_d64_b32", "gqa_partial_h16_kv4_d64_b32", *rest)
+    assert other == (append, "partial_gqa_h16_kv4_d64_b32_bf16", "merge_p64_bf16", *rest)
     both = names_for(("sm_90a", "sm_100a"), model, ranks[1], generation, 32)
-    assert both == (*hopper[:3], combine, *other[1:3])
+    assert both == (*hopper, *other[1:3])
+    apart = replace(generation, exchange="collective", reduce_rows=0)
+    assert names_for(("sm_90a",), model, ranks[1], apart, 32) == (*hopper[:4], sends[0], sends[2], *of_ffn)
     assert [s.name for s in specs] == [*hopper, *other]
     assert names_for(("sm_90a",), model, ranks[0], context, 32) == ()
     planned = configure(specs[2]).planned()
     assert planned.params["scale"] == 0.125 and planned.cubin is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "max_rows", "names"),
+    [
+        (mixture_of(V3_LITE, 2048, 704, 1408, 5472), 8, {"gate_up_d2048_i5472_n8", "down_d2048_i5472_n8", *_LITE}),
+        (mixture_of(QWEN3, 4096, 768), 9, {"gate_up_d4096_e128of128k8_i768_n16", "down_d4096_e128of128k8_i768_n8"}),
+        (mixture_of(V3, 7168, 2048, 256, experts=(32, 64)), 1, {"gate_up_d7168_i256_e32of256k8_i2048_n8"}),
+    ],
+    ids=["dense and mixture", "none shared", "a rank's experts"],
+)
+def test_ffn_kernels(shape: FfnShape, max_rows: int, names: set[str]) -> None:
+    specs = ffn(shape, max_rows, "sm_90a")
+    found = [spec.name for spec in specs]
+    assert names <= set(found) and len(set(found)) == len(found)
+    assert {dict(spec.params).get("eights", 1) for spec in specs} == ({1, 2} if max_rows > 8 else {1})
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        replace(mixture_of(V3_LITE, 2048, 704, 1408), dtype="float32"),
+        mixture_of(V3_LITE, 2052, 704, 1408),
+        mixture_of(V3_LITE, 2048, 704, 1404),
+        mixture_of(replace(V3, experts=512), 2048, 256),
+    ],
+    ids=["dtype", "hidden", "shared columns", "too many experts"],
+)
+def test_what_torch_computes_needs_no_ffn_kernels(shape: FfnShape) -> None:
+    assert ffn(shape, 8, "sm_90a") == ()
 
 
 def test_names_are_unique() -> None:

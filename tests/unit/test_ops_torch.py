@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.manifest import local_length, owner
-from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaProjections, Partial, Projections
+from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaProjections, Norm, Partial, Projections
 from helixc_runtime.ops_torch import TorchOps
 from tests.gpu.kernel_cases import (
     Case,
@@ -22,6 +22,7 @@ from tests.gpu.kernel_cases import (
     mla,
     quantization_error,
     random_case,
+    relative_error,
     to_double,
 )
 
@@ -249,9 +250,8 @@ def _stored(elements: Tensor, scales: Tensor, case: Case, row: int, tokens: int)
         for token in range(tokens):
             page, offset = int(case.batch.page_table[row, token // case.shape.block]), token % case.shape.block
             at = (page, offset) if case.shape.is_mla else (page, head, offset)
-            exponents = [int(scales[at][column // 128]) - 127 for column in range(case.shape.head_dim)]
             codes = elements[at].view(torch.uint8).long()
-            out[head, token] = values[codes] * torch.tensor([2.0**e for e in exponents], dtype=torch.float64)
+            out[head, token] = values[codes] * 2.0 ** (int(scales[at]) - 127)
     return out
 
 
@@ -362,9 +362,32 @@ def test_mismatches_of_tokens_and_scales_are_named() -> None:
         ops.attend(case.q, replace(cache, k_scale=None), case.batch)
     with pytest.raises(ValueError, match=r"cache\.v must have scales"):
         ops.attend(case.q, replace(cache, v=cache.v.float()), case.batch)
-    with pytest.raises(ValueError, match=r"cache.k_scale has shape \[\d+, 2, 4, 1\], expected \[\d+, 2, 4, 2\]"):
-        ops.attend(case.q, replace(cache, k_scale=cache.k_scale[..., :1]), case.batch)
+    with pytest.raises(ValueError, match=r"cache.k_scale has shape \[\d+, 2, 4, 2\], expected \[\d+, 2, 4, 1\]"):
+        ops.attend(case.q, replace(cache, k_scale=cache.k_scale.repeat(1, 1, 1, 2)), case.batch)
 
 
 def _tail(batch: DecodeBatch) -> tuple[Tensor, Tensor]:
     return batch.owned, batch.slots
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sum_is_rounded_once_and_normed(dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, residual, bias, weight = (torch.randn(*size, 64, generator=generator).to(dtype) for size in ((5,), (5,), (), ()))
+    ops, norm = TorchOps(gqa(4, 2, 8, 4)), Norm(weight, 1e-5)
+    exact = x.double() + residual.double() + bias.double()
+    out, normed = ops.add_norm(x, residual, bias, norm)
+    half_a_step = torch.finfo(dtype).eps / 2
+    assert ((out.double() - exact).abs() <= 1.01 * half_a_step * exact.abs() + 1e-6).all()
+    scale = torch.rsqrt(out.double().pow(2).mean(1, keepdim=True) + 1e-5)
+    assert relative_error(normed, out.double() * scale * weight.double()) <= (1e-6 if dtype == torch.float32 else 5e-3)
+    same, itself = ops.add_norm(x, None, None, None)
+    assert torch.equal(same, x) and itself is same
+    for wrong, message in (
+        ((x[0], None, None, None), "x has shape"),
+        ((x, residual[1:], None, None), "residual has shape"),
+        ((x, None, bias[1:], None), "bias has shape"),
+        ((x, None, None, Norm(weight[1:], 1e-5)), "norm has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.add_norm(*wrong)

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from helixc.model import read_model
 from helixc.plan.collectives import by_request, handoff
 from helixc.plan.footprint import footprints
 from helixc.plan.lower import lower
@@ -17,7 +18,7 @@ from helixc.plan.mapping import Mapping, stages
 from helixc.plan.place import place
 from helixc.plan.show import to_text
 from helixc.plan.verify import find_flaws
-from helixc.spec.spec import Hardware
+from helixc.spec.spec import Hardware, RoleSpec
 from helixc_runtime.manifest import (
     ManifestError,
     global_position,
@@ -115,7 +116,7 @@ def test_kv_per_token_of_deepseek_v3() -> None:
 @pytest.mark.parametrize(
     ("model", "sizes", "token"),
     [
-        ("deepseek-v3", {"tp": 2, "cp": 4}, 61 * (576 + 5)),  # four scales of the latent and one of the rotary columns
+        ("deepseek-v3", {"tp": 2, "cp": 4}, 61 * (576 + 1)),
         ("llama-3.1-70b", {"tp": 2, "cp": 4}, 80 * 4 * 2 * (128 + 1)),
         ("llama-3.1-70b", {"tp": 2, "pp": 2}, 40 * 4 * 2 * (128 + 1)),
     ],
@@ -200,3 +201,37 @@ def test_text_shows_ranks_and_repurposing() -> None:
     assert "attention  pp 1 x tp 2 x cp 2" in text
     assert "the same ranks as pp 1 x tp 4, experts as moe_tp 1 x moe_ep 4" in text
     assert "the other 2 of them alike: ranks 6 to 13" in text
+
+
+@pytest.mark.parametrize(
+    ("generation", "transports"),
+    [
+        (role(cp=4), ("one_sided", 8)),
+        (role(tp=2, cp=2), ("one_sided", 8)),  # ranks 1 to 4 of the first host
+        (role(tp=4, cp=2), ("collective", 0)),  # GPUs 1 to 8: the last cp group is on two hosts
+        (role(tp=2, cp=7), ("one_sided", 0)),
+        (role(tp=4), ("collective", 8)),
+        (role(tp=4, batch=4096), ("collective", 8 * 2**20 // (3 * 4096 * 4))),
+        (role(), ("collective", 0)),
+    ],
+)
+def test_ranks_of_one_host_are_one_sided(
+    generation: RoleSpec, transports: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After one context rank, on hosts of 8 GPUs."""
+    monkeypatch.delenv("HELIXC_COLLECTIVES", raising=False)
+    context, instance = plan_of("qwen3-8b", role(), generation).instances
+    assert (context.exchange, context.reduce_rows) == ("collective", 0)
+    assert (instance.exchange, instance.reduce_rows) == transports
+    monkeypatch.setenv("HELIXC_COLLECTIVES", "1")
+    _, instance = plan_of("qwen3-8b", role(), generation).instances
+    assert (instance.exchange, instance.reduce_rows) == ("collective", 0)
+
+
+def test_instances_choose_for_themselves() -> None:
+    """Three instances of 3 GPUs on hosts of 8: the third is torn, and its ranks have other kernels."""
+    plan = place(
+        lower(spec("qwen3-8b", None, role(n=3, cp=3)), read_model("qwen3-8b")), lambda m, r, i, b: (i.exchange,)
+    )
+    assert [instance.exchange for instance in plan.instances] == ["one_sided", "one_sided", "collective"]
+    assert [rank.kernels[0] for rank in plan.ranks] == ["one_sided"] * 6 + ["collective"] * 3

@@ -14,13 +14,24 @@ from torch.nn import functional as F
 from examples.tiny_checkpoint import make_checkpoint
 from helixc_runtime.attention_shape import AttentionShape, attention_shape
 from helixc_runtime.comm import TorchComm
+from helixc_runtime.ffn_shape import FfnShape, ffn_shape
 from helixc_runtime.kv import KvCache, Row
 from helixc_runtime.manifest import Moe, Plan, local_length, local_slot, owner
 from helixc_runtime.models import layers
 from helixc_runtime.models.decoder import Decoder
 from helixc_runtime.models.layers import gated_mlp, mixture, route
 from helixc_runtime.models.rotary import Rotary
-from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Ops, Partial, Projections
+from helixc_runtime.ops import (
+    DecodeBatch,
+    GatedMlp,
+    LayerCache,
+    Mixture,
+    MlaProjections,
+    Norm,
+    Ops,
+    Partial,
+    Projections,
+)
 from helixc_runtime.ops_torch import TorchOps
 from helixc_runtime.step import DecodeStep, RowInput, padded_sizes
 from helixc_runtime.weights import Weights, load_weights
@@ -81,7 +92,8 @@ def test_padding_changes_nothing(family: str, tmp_path: Path) -> None:
         for index, slot in enumerate(slots):
             cache.reserve(Row(index, slot, 20, 40))
             inputs.append(RowInput(slot, 17 + index, 20 + 3 * index, True, 0.8 * index, 0.9, seed))
-        result = step(inputs)
+        step.assign(inputs)
+        result = step()
         assert result is not None
         assert len(result.tokens) == {(0, 1): 2, (0, 5): 8}[slots]
         results[slots] = [(result.logits[slot].clone(), int(result.tokens[slot])) for slot in slots], cache.layers
@@ -154,8 +166,11 @@ class _Slice(Weights):
 class _Nothing:
     """Ops that compute nothing, of the right shapes, without a host read, as CudaOps."""
 
-    def __init__(self, shape: AttentionShape) -> None:
-        self.shape = shape
+    def __init__(self, shape: AttentionShape, ffn: FfnShape) -> None:
+        self.shape, self.ffn = shape, ffn
+
+    def make_batch(self, cache: KvCache, positions: Tensor, attends: Tensor, rotary: Rotary) -> DecodeBatch:
+        return TorchOps.make_batch(TorchOps(self.shape), cache, positions, attends, rotary)
 
     def begin_step(self, batch: DecodeBatch) -> None:
         pass
@@ -171,6 +186,21 @@ class _Nothing:
     def combine(self, o: Tensor, lse: Tensor) -> Partial:
         return Partial(o[0], lse[0])
 
+    def add_norm(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), torch.empty_like(x)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return layers.linear(x, weight)
+
+    def mlp(self, x: Tensor, weights: GatedMlp) -> Tensor:
+        return gated_mlp(x, weights.gate, weights.up, weights.down)
+
+    def mixture(self, x: Tensor, weights: Mixture) -> Tensor:
+        assert self.ffn.moe and self.ffn.experts
+        return layers.mix(self.ffn.moe, self.ffn.experts, weights, x)
+
 
 def _plan(family: str, folder: Path, *, cp: int = 1, block: int = 4, seed: int = 0, dtype: str = "float32") -> Plan:
     checkpoint = make_checkpoint(family, folder / "checkpoint", seed=seed, layers=3)
@@ -182,5 +212,6 @@ def _parts(plan: Plan, device: torch.device, rows: int) -> tuple[Decoder, KvCach
     weights = load_weights(plan.model, plan.shards[rank.shard], device, lambda *_: None)
     decoder = Decoder(plan.model.arch, rank, weights, TorchComm(rank, {}), device, getattr(torch, plan.model.dtype))
     shape = attention_shape(plan.model, rank, plan.tokens_per_block)
+    ffn = ffn_shape(plan.model, rank, plan.instance_of(rank))
     cache = KvCache(plan.model, rank, plan.tokens_per_block, rows, 20, device)
-    return decoder, cache, TorchOps(shape) if device == CPU else _Nothing(shape)
+    return decoder, cache, TorchOps(shape, ffn) if device == CPU else _Nothing(shape, ffn)

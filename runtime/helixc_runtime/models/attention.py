@@ -21,6 +21,7 @@ from helixc_runtime.models.rotary import Rotary, rotate
 from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaProjections, Ops
 from helixc_runtime.weights import Weights
 
+Linear = Callable[[Tensor, Tensor], Tensor]  # x, weight: see Ops.linear
 Keep = Callable[[Tensor], Tensor]  # KV [..., width] as computed -> as a cache gives it back
 
 
@@ -74,18 +75,14 @@ class GqaAttention:
         return F.linear(out.flatten(1), self.weights("o", layer)), kv.transpose(1, 2)
 
     def decode(self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, comm: Comm) -> Tensor:
-        q = ops.append(self._project(layer, x), cache, batch)
-        received = comm.exchange(ops.attend(q, cache, batch))  # [C, B, H / C, D]
-        out = ops.combine(received.o, received.lse).o
-        return F.linear(out.flatten(1), self.weights("o", layer))
+        q = ops.append(self._project(layer, x, ops.linear), cache, batch)
+        out = comm.exchange(ops.attend(q, cache, batch), ops, f"layer {layer} partials")  # [B, H / C, D]
+        return ops.linear(out.flatten(1), self.weights("o", layer))
 
-    def _project(self, layer: int, x: Tensor) -> GqaProjections:
-        q, k, v = (
-            F.linear(x, self.weights(name, layer), self.weights.get(f"{name}_bias", layer)).view(
-                len(x), -1, self.arch.head_dim
-            )
-            for name in ("q", "k", "v")
-        )
+    def _project(self, layer: int, x: Tensor, linear: Linear = F.linear) -> GqaProjections:
+        names = ("q", "k", "v")
+        parts = _project_by(self.weights, names, layer, x, linear)
+        q, k, v = (part.view(len(x), -1, self.arch.head_dim) for part in parts)
         if not self.arch.qk_norm:
             return GqaProjections(q, k, v)
         return GqaProjections(q, k, v, self.weights("q_norm", layer), self.weights("k_norm", layer))
@@ -102,9 +99,8 @@ class MlaAttention:
         self.arch, self.mla, self.weights, self.rotary = arch, mla, weights, rotary
 
     def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor], keep: Keep) -> tuple[Tensor, Tensor]:
-        q_nope, q_rope = self._queries(layer, x)
-        kv, norm = self._latent(layer, x)
-        latent = rms_norm(kv[:, : self.mla.kv_lora_rank], norm, LATENT_NORM_EPS)
+        q_nope, q_rope, kv = self._project(layer, x, F.linear)
+        latent = rms_norm(kv[:, : self.mla.kv_lora_rank], self.weights("kv_a_norm", layer), LATENT_NORM_EPS)
         k_rope = kv[:, self.mla.kv_lora_rank :].unsqueeze(1)  # [L, 1, rope]
         q_rope, k_rope = (rotate(t, *angles, interleaved=self.rotary.interleaved) for t in (q_rope, k_rope))
         kv = keep(torch.cat((latent, k_rope.squeeze(1)), dim=-1))
@@ -116,25 +112,33 @@ class MlaAttention:
         return F.linear(out.flatten(1), self.weights("o", layer)), kv
 
     def decode(self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, comm: Comm) -> Tensor:
-        q_nope, q_rope = self._queries(layer, x)
-        absorbed = torch.einsum("bhd,hdc->bhc", q_nope, self.weights("k_up", layer))
-        q = ops.append(MlaProjections(absorbed, q_rope, *self._latent(layer, x)), cache, batch)
-        received = comm.exchange(ops.attend(q, cache, batch))  # [C, B, H / C, latent]
-        merged = ops.combine(received.o, received.lse).o
-        out = torch.einsum("bhc,hdc->bhd", merged, self.weights("v_up", layer))
-        return F.linear(out.flatten(1), self.weights("o", layer))
+        q_nope, q_rope, kv = self._project(layer, x, ops.linear)
+        absorbed = ops.linear(q_nope, self.weights("k_up", layer).transpose(1, 2))
+        new = MlaProjections(absorbed, q_rope, kv, self.weights("kv_a_norm", layer))
+        q = ops.append(new, cache, batch)
+        merged = comm.exchange(ops.attend(q, cache, batch), ops, f"layer {layer} partials")  # [B, H / C, latent]
+        out = ops.linear(merged, self.weights("v_up", layer))
+        return ops.linear(out.flatten(1), self.weights("o", layer))
 
-    def _queries(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """q_nope [N, H, nope] and q_rope [N, H, rope] of all heads attended before the exchange."""
-        name = "q"
-        if self.mla.q_lora_rank is not None:
-            x = F.linear(x, self.weights("q_a", layer), self.weights.get("q_a_bias", layer))
-            x, name = rms_norm(x, self.weights("q_a_norm", layer), LATENT_NORM_EPS), "q_b"
+    def _project(self, layer: int, x: Tensor, linear: Linear) -> tuple[Tensor, Tensor, Tensor]:
+        """q_nope [N, H, nope] and q_rope [N, H, rope] of all heads attended before the exchange; kv [N, latent + rope].
+
+        kv is the latent and the shared rope key, neither normed nor rotated.
+        """
+        if self.mla.q_lora_rank is None:
+            q, kv = _project_by(self.weights, ("q", "kv_a"), layer, x, linear)
+        else:
+            low, kv = _project_by(self.weights, ("q_a", "kv_a"), layer, x, linear)
+            low = rms_norm(low, self.weights("q_a_norm", layer), LATENT_NORM_EPS)
+            q = linear(low, self.weights("q_b", layer))
         nope, rope = self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim
-        q = F.linear(x, self.weights(name, layer)).view(len(x), -1, nope + rope)
-        return q[..., :nope], q[..., nope:]
+        q = q.view(len(x), -1, nope + rope)
+        return q[..., :nope], q[..., nope:], kv
 
-    def _latent(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The latent and the shared rope key [N, latent + rope], neither normed nor rotated; the latent's norm."""
-        kv = F.linear(x, self.weights("kv_a", layer), self.weights.get("kv_a_bias", layer))
-        return kv, self.weights("kv_a_norm", layer)
+
+def _project_by(weights: Weights, names: tuple[str, ...], layer: int, x: Tensor, linear: Linear) -> list[Tensor]:
+    """x [N, hidden] times each of the matrices, plus its bias if it has one; one product for all."""
+    sizes = [len(weights(name, layer)) for name in names]
+    parts = torch.split(linear(x, weights.fused(names, layer)), sizes, dim=1)
+    biases = [weights.get(f"{name}_bias", layer) for name in names]
+    return [part if bias is None else part + bias for part, bias in zip(parts, biases, strict=True)]

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from helixc_runtime.comm import Comm
 from helixc_runtime.manifest import ModelArch, Rank, split
-from helixc_runtime.models.attention import Keep, make_attention, unchanged
-from helixc_runtime.models.layers import mixture, mlp, rms_norm
+from helixc_runtime.models.attention import Keep, Linear, make_attention, unchanged
+from helixc_runtime.models.layers import mixture, mixture_weights, mlp, mlp_weights, rms_norm
 from helixc_runtime.models.rotary import Rotary
-from helixc_runtime.ops import DecodeBatch, LayerCache, Ops
+from helixc_runtime.ops import DecodeBatch, LayerCache, Norm, Ops
 from helixc_runtime.weights import Weights
 
 Attend = Callable[[int, Tensor], Tensor]  # (layer, normed hidden [N, hidden]) -> this rank's summand
@@ -69,45 +69,51 @@ class Decoder:
             cached.append(kv)
             return out
 
-        return self._stage(tokens, attend), cached
+        x = self._embedded(tokens) if self.is_first else self._received(len(tokens))
+        for layer in range(*self.rank.layers):
+            x = self._layer(layer, x, attend)
+        self._pass_on(x)
+        return x, cached
 
     def decode(self, tokens: Tensor, caches: list[LayerCache], batch: DecodeBatch, rotary: Rotary, ops: Ops) -> Tensor:
-        """Hidden states [B, hidden] after this stage for one new token a row, tokens [B].
+        """What this stage makes of one new token a row, tokens [B]: [B, hidden], for `head` on the last stage.
 
         Rows that this rank does not attend for, other data-parallel ranks' and padding, are empty in `batch`: they
         add zeros to the layer's sum.
         """
         attention = make_attention(self.arch, self.weights, rotary)
         ops.begin_step(batch)
-
-        def attend(layer: int, x: Tensor) -> Tensor:
-            return attention.decode(layer, x, caches[layer - self.rank.layers[0]], batch, ops, self.comm)
-
-        return self._stage(tokens, attend)
+        self.comm.begin_step()
+        first, end = self.rank.layers
+        norm = self._norm("input_norm", first)
+        if self.is_first:
+            x, normed = self.comm.reduce(self._own_rows(tokens), None, None, norm, ops, "embedding")
+        else:
+            x, normed = ops.add_norm(self._received(len(tokens)), None, None, norm)
+        for layer in range(first, end):
+            attended = attention.decode(layer, normed, caches[layer - first], batch, ops, self.comm)
+            bias, norm = self.weights.get("o_bias", layer), self._norm("post_norm", layer)
+            x, normed = self.comm.reduce(attended, x, bias, norm, ops, f"layer {layer} o_proj")
+            computed = self._ffn_step(layer, normed, ops)
+            x, normed = self.comm.reduce(computed, x, None, self._norm_after(layer), ops, f"layer {layer} FFN")
+        self.comm.end_step()
+        self._pass_on(x)
+        return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [N, vocab] float32, the same on every rank of the last stage."""
-        x = rms_norm(hidden, self.weights("norm"), self.arch.norm_eps)
-        local = F.linear(x, self.weights("head")).float()
+        """Logits of hidden states [N, hidden] after the last layer."""
+        return self.head(rms_norm(hidden, self.weights("norm"), self.arch.norm_eps))
+
+    def head(self, normed: Tensor, linear: Linear = F.linear) -> Tensor:
+        """Logits [N, vocab] float32, the same on every rank of the last stage, of normed hidden states [N, hidden]."""
+        local = linear(normed, self.weights("head")).float()
         parts = len(self.rank.groups.ffn_tp)
         sizes = [hi - lo for lo, hi in (split(self.arch.vocab_size, parts, i) for i in range(parts))]
         gathered = self.comm.all_gather(F.pad(local, (0, max(sizes) - local.shape[1])), "ffn_tp")
         return torch.cat([part[:, :size] for part, size in zip(gathered, sizes, strict=True)], dim=1)
 
-    def _stage(self, tokens: Tensor, attend: Attend) -> Tensor:
-        group, stage = self.rank.groups.pp, self.rank.pp_rank
-        if self.is_first:
-            x = self._embed(tokens)
-        else:
-            empty = torch.empty(len(tokens), self.arch.hidden_size, dtype=self.dtype, device=self.device)
-            x = self.comm.recv(empty, group[stage - 1])
-        for layer in range(*self.rank.layers):
-            x = self._layer(layer, x, attend)
-        if not self.is_last:
-            self.comm.send(x, group[stage + 1])
-        return x
-
     def _layer(self, layer: int, x: Tensor, attend: Attend) -> Tensor:
+        """One layer of a prompt."""
         attended = attend(layer, rms_norm(x, self.weights("input_norm", layer), self.arch.norm_eps))
         x = x + self.comm.all_reduce(attended, "ffn_tp")
         if (bias := self.weights.get("o_bias", layer)) is not None:
@@ -115,15 +121,42 @@ class Decoder:
         normed = rms_norm(x, self.weights("post_norm", layer), self.arch.norm_eps)
         return x + self.comm.all_reduce(self._ffn(layer, normed), "ffn_tp")
 
+    def _norm(self, name: str, layer: int | None = None) -> Norm:
+        return Norm(self.weights(name, layer), self.arch.norm_eps)
+
+    def _norm_after(self, layer: int) -> Norm | None:
+        """The norm of what `layer` gives. A stage that is not the last leaves it to the next."""
+        if layer + 1 < self.rank.layers[1]:
+            return self._norm("input_norm", layer + 1)
+        return self._norm("norm") if self.is_last else None
+
+    def _received(self, rows: int) -> Tensor:
+        """Hidden states [rows, hidden] of the stage before."""
+        empty = torch.empty(rows, self.arch.hidden_size, dtype=self.dtype, device=self.device)
+        return self.comm.recv(empty, self.rank.groups.pp[self.rank.pp_rank - 1])
+
+    def _pass_on(self, x: Tensor) -> None:
+        """To the next stage, if there is one."""
+        if not self.is_last:
+            self.comm.send(x, self.rank.groups.pp[self.rank.pp_rank + 1])
+
     def _ffn(self, layer: int, x: Tensor) -> Tensor:
         if self.arch.moe and self.arch.is_moe(layer):
             return mixture(self.weights, layer, self.arch.moe, self.rank, x)
         return mlp(self.weights, layer, x)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def _ffn_step(self, layer: int, x: Tensor, ops: Ops) -> Tensor:
+        """The same of a decode step's few rows."""
+        if self.arch.is_moe(layer):
+            return ops.mixture(x, mixture_weights(self.weights, layer))
+        return ops.mlp(x, mlp_weights(self.weights, layer))
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        return self.comm.all_reduce(self._own_rows(tokens), "ffn_tp")
+
+    def _own_rows(self, tokens: Tensor) -> Tensor:
         """The vocabulary is sharded: rows of other ranks contribute zeros to the sum."""
         table = self.weights("embed")
         lo, hi = split(self.arch.vocab_size, len(self.rank.groups.ffn_tp), self.rank.ffn_tp_rank)
         mine = (tokens >= lo) & (tokens < hi)
-        rows = table[(tokens - lo).clamp(0, hi - lo - 1)].masked_fill(~mine.unsqueeze(1), 0.0)
-        return self.comm.all_reduce(rows, "ffn_tp")
+        return table[(tokens - lo).clamp(0, hi - lo - 1)].masked_fill(~mine.unsqueeze(1), 0.0)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from helixc_runtime.manifest import Moe, Rank
+from helixc_runtime.manifest import Moe, Range, Rank
+from helixc_runtime.ops import GatedMlp, Mixture
 from helixc_runtime.weights import Weights
 
 ROUTED_ROWS = 4096  # tokens of a prompt that are routed at a time: each takes top_k rows of memory, in float32 too
@@ -21,6 +22,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """See Ops.linear: [N, in] by [out, in], or [N, H, in] by [H, out, in]."""
+    return F.linear(x, weight) if weight.dim() == 2 else torch.einsum("nhi,hoi->nho", x, weight)
+
+
 def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """down(silu(gate x) * up x) of this rank's rows: a summand of the whole, [N, hidden]."""
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
@@ -28,7 +34,20 @@ def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def mlp(weights: Weights, layer: int, x: Tensor) -> Tensor:
     """This rank's summand of a dense layer's MLP."""
-    return gated_mlp(x, weights("mlp_gate", layer), weights("mlp_up", layer), weights("mlp_down", layer))
+    dense = mlp_weights(weights, layer)
+    return gated_mlp(x, dense.gate, dense.up, dense.down)
+
+
+def mlp_weights(weights: Weights, layer: int, name: str = "mlp") -> GatedMlp:
+    """A dense layer's MLP, or "shared" or "expert" ones of a mixture."""
+    return GatedMlp(*(weights(f"{name}_{part}", layer) for part in ("gate", "up", "down")))
+
+
+def mixture_weights(weights: Weights, layer: int) -> Mixture:
+    """All that an MoE layer's FFN reads."""
+    shared = mlp_weights(weights, layer, "shared") if weights.get("shared_gate", layer) is not None else None
+    experts = mlp_weights(weights, layer, "expert")
+    return Mixture(weights("router", layer), weights.get("router_bias", layer), experts, shared)
 
 
 def route(moe: Moe, logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -59,30 +78,34 @@ def _allowed(moe: Moe, choice: Tensor) -> Tensor:
 
 def mixture(weights: Weights, layer: int, moe: Moe, rank: Rank, x: Tensor) -> Tensor:
     """This rank's summand of an MoE layer: its rows of its experts, and of the shared experts. x is [N, hidden]."""
-    logits = F.linear(x.float(), weights("router", layer).float())
-    experts, factors = route(moe, logits, weights.get("router_bias", layer))
-    pieces = zip(*(torch.split(t, ROUTED_ROWS) for t in (x, experts, factors)), strict=True)
-    out = torch.cat([_routed(weights, layer, rank, *piece) for piece in pieces])
-    if moe.shared_intermediate_size:
-        shared = (weights(f"shared_{part}", layer) for part in ("gate", "up", "down"))
-        out = out + gated_mlp(x, *shared)
+    assert rank.experts is not None
+    return mix(moe, rank.experts, mixture_weights(weights, layer), x)
+
+
+def mix(moe: Moe, experts: Range, weights: Mixture, x: Tensor) -> Tensor:
+    """The summand of a rank that has `experts` of a mixture."""
+    logits = F.linear(x.float(), weights.router.float())
+    chosen, factors = route(moe, logits, weights.bias)
+    pieces = zip(*(torch.split(t, ROUTED_ROWS) for t in (x, chosen, factors)), strict=True)
+    out = torch.cat([_routed(weights.experts, experts, *piece) for piece in pieces])
+    if weights.shared is not None:
+        out = out + gated_mlp(x, weights.shared.gate, weights.shared.up, weights.shared.down)
     return out
 
 
-def _routed(weights: Weights, layer: int, rank: Rank, x: Tensor, experts: Tensor, factors: Tensor) -> Tensor:
+def _routed(weights: GatedMlp, own_experts: Range, x: Tensor, experts: Tensor, factors: Tensor) -> Tensor:
     """Sum of this rank's experts' outputs [N, hidden], each times its factor; experts, factors [N, top_k].
 
     The pairs (row, expert) are sorted by expert and multiplied in groups; other ranks' pairs come last and are not
     computed. Nothing depends on the data but the groups' bounds, which stay on the device. The sum over a row's experts
     has a fixed order.
     """
-    assert rank.experts is not None
-    lo, hi = rank.experts
+    lo, hi = own_experts
     top_k = experts.shape[1]
     own = torch.where((experts >= lo) & (experts < hi), experts - lo, hi - lo).flatten()  # hi - lo: not here
     ordered, order = own.sort(stable=True)
     ends = torch.searchsorted(ordered, torch.arange(hi - lo, device=x.device), right=True).to(torch.int32)
-    gate, up, down = (weights(f"expert_{part}", layer).transpose(1, 2) for part in ("gate", "up", "down"))
+    gate, up, down = (part.transpose(1, 2) for part in (weights.gate, weights.up, weights.down))
     rows = x[order // top_k]
     hidden = F.silu(F.grouped_mm(rows, gate, offs=ends)) * F.grouped_mm(rows, up, offs=ends)
     y = F.grouped_mm(hidden, down, offs=ends)

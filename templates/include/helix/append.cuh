@@ -4,7 +4,7 @@
 //   q_out [N, H, D] and, where owned[n], one token of the cache
 //   MLA: k is the latent, whose D - R columns are normed, and the rotary key; no v. Cache k [pages, block, D].
 //   GQA: q and k may each have a norm over their D columns. Cache k, v [pages, KH, block, D].
-//   FP8: elements and one byte for each kScaleColumns columns, scales [pages, (KH,) block, groups] (quantize.cuh).
+//   FP8: elements, and a byte for each vector, scales [pages, (KH,) block] (quantize.cuh).
 //
 // C::lanes lanes hold one vector (one head of one token) in registers, in chunks of C::columns columns: a chunk is one
 // load and one store, of 16 bytes where the dims allow, and both elements of a rotated pair lie with one lane. Values
@@ -44,7 +44,6 @@ template <class C> struct Layout {
   static constexpr int kPairs = C::interleaved ? C::columns / 2 : C::columns;  // that begin in one chunk
   static constexpr int kNormed = C::mla ? kPlain : C::head_dim;                // columns under the norm
   static constexpr int kNormedChunks = C::mla ? kPlainChunks : kChunks;
-  static constexpr int kGroups = (C::head_dim + kScaleColumns - 1) / kScaleColumns;  // of columns that share a scale
 };
 
 // The first column of a lane's chunk, head_dim where the lane has none.
@@ -143,26 +142,17 @@ template <class C, class To> HELIX_DEVICE void store(To* to, const Vector<C>& ve
 
 // To one token of an FP8 cache. All lanes of the warp take part, also those that are not `active`.
 template <class C>
-HELIX_DEVICE void store_quantized(float8_e4m3fn* to, u8* scales, const Vector<C>& vector, int lane, bool active) {
-  using L = Layout<C>;
-  u32 largest[L::kGroups] = {};
+HELIX_DEVICE void store_quantized(float8_e4m3fn* to, u8* scale, const Vector<C>& vector, int lane, bool active) {
+  u32 largest = 0;
 #pragma unroll
-  for (int chunk = 0; chunk < L::kChunks; ++chunk)
-#pragma unroll
-    for (int group = 0; group < L::kGroups; ++group)
-      if (column<C>(chunk, lane) / kScaleColumns == group)
-        largest[group] = max_bits(largest[group], vector.chunks[chunk]);
-  warp_max_bits<C::lanes>(largest);
+  for (int chunk = 0; chunk < Layout<C>::kChunks; ++chunk) largest = max_bits(largest, vector.chunks[chunk]);
+  const u8 byte = scale_of(warp_max_bits<C::lanes>(largest));
   if (!active) return;
+  if (lane == 0) *scale = byte;
 #pragma unroll
-  for (int group = 0; group < L::kGroups; ++group) {
-    const u8 scale = scale_of(largest[group]);
-    if (lane == 0) scales[group] = scale;
-#pragma unroll
-    for (int chunk = 0; chunk < L::kChunks; ++chunk) {
-      const int at = column<C>(chunk, lane);
-      if (at < C::head_dim && at / kScaleColumns == group) quantized(vector.chunks[chunk], scale).store(to + at);
-    }
+  for (int chunk = 0; chunk < Layout<C>::kChunks; ++chunk) {
+    const int at = column<C>(chunk, lane);
+    if (at < C::head_dim) quantized(vector.chunks[chunk], byte).store(to + at);
   }
 }
 
@@ -172,7 +162,7 @@ HELIX_DEVICE void store_token(typename C::Cached* cache, u8* scales, i64 slot, i
                               int lane, bool active) {
   const i64 token = (slot / C::block * C::kv_heads + kv_head) * C::block + slot % C::block;
   if constexpr (kSame<typename C::Cached, float8_e4m3fn>) {
-    store_quantized<C>(cache + token * C::head_dim, scales + token * Layout<C>::kGroups, vector, lane, active);
+    store_quantized<C>(cache + token * C::head_dim, scales + token, vector, lane, active);
   } else if (active) {
     store<C>(cache + token * C::head_dim, vector, lane);
   }

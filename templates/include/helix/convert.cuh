@@ -30,13 +30,6 @@ HELIX_DEVICE unsigned short float_to_float16_bits(float x) {
   return bits;
 }
 
-// Two bfloat16 products, each half of a word with the same half of the other; nearest even, subnormals kept.
-HELIX_DEVICE unsigned multiply_bfloat16(unsigned a, unsigned b) {
-  unsigned pair;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
-  return pair;
-}
-
 // Two FP8 e4m3 elements, `low` in the low byte; beyond 448 the largest one, NaN stays NaN.
 HELIX_DEVICE unsigned short floats_to_e4m3x2_bits(float low, float high) {
   unsigned short bits;

@@ -12,7 +12,7 @@ using i64 = long long;
 
 struct bfloat16 { u16 bits; };
 struct float16 { u16 bits; };
-struct float8_e4m3fn { u8 bits; };  // of a cache only, with block scales: see below
+struct float8_e4m3fn { u8 bits; };  // of a cache only, with scales: see below
 using float32 = float;
 
 template <class A, class B> constexpr bool kSame = false;
@@ -21,8 +21,7 @@ template <class A> constexpr bool kSame<A, A> = true;
 // 16 bytes: the widest load and store of one thread.
 struct alignas(16) Vector16 { u32 words[4]; };
 
-// FP8 caches: so many columns of a token and KV head share a scale, a power of two; its byte is a float's exponent.
-constexpr int kScaleColumns = 128;
+// FP8 caches: the columns of a token and KV head share a scale, a power of two; its byte is a float's exponent.
 HELIX_DEVICE float scale_to_float(u8 scale) { return __int_as_float(int(scale) << 23); }
 
 HELIX_DEVICE float minus_infinity() { return __int_as_float(0xff800000); }

@@ -3,8 +3,8 @@
 //   o [rows, N * H, P], lse [rows, N * H] of this rank's KV  ->  o_out [rows, H, P] over all N ranks' KV
 //
 // Head n * H + j goes to member n, as its head j. An inbox holds [2 halves][N senders][max_rows][H][P] of O, then
-// [2][N][max_rows][H] LSE in float32. The merge is combine.cuh's: weights exp(lse - max lse), in float32, over the
-// members in their order; parts without tokens (lse = -inf) are neither sent nor read, but for their LSE.
+// [2][N][max_rows][H] LSE in float32. The merge is combine.cuh's, in float32, over the members in their order; parts
+// without tokens (lse = -inf) are neither sent nor used, but for their LSE.
 //
 // One warp a (row, own head): it sends the heads that the same warp on every other GPU waits for, then waits for what
 // those send. So no thread block waits for another one of its own GPU, and any grid makes progress.
@@ -22,7 +22,7 @@ template <class C> struct ExchangeInbox {
   u32 half;
 
   HELIX_DEVICE ExchangeInbox(const Group& group, int max_rows)
-      : units(i64(max_rows) * C::heads), half(group.exchange() % 2) {}
+      : units(i64(max_rows) * C::heads), half(group.half()) {}
   HELIX_DEVICE i64 place(int sender, i64 unit) const { return (i64(half) * C::members + sender) * units + unit; }
   HELIX_DEVICE Vector16* o(u8* inbox, int sender, i64 unit) const {
     return reinterpret_cast<Vector16*>(inbox) + place(sender, unit) * kVectors;
@@ -33,84 +33,120 @@ template <class C> struct ExchangeInbox {
   }
 };
 
-// sum += weight * the elements of v.
-template <class Element, int n> HELIX_DEVICE void add_weighted(float (&sum)[n], const Vector16& v, float weight) {
-  static_assert(n * int(sizeof(Element)) == 16, "one vector");
-  const Element* elements = reinterpret_cast<const Element*>(v.words);
+// One head's O as the lanes of a warp hold it: vectors lane, lane + 32, ... of `kVectors`.
+template <class C> struct Head {
+  using Element = typename C::Element;
+  static constexpr int kVectors = ExchangeInbox<C>::kVectors, kRounds = (kVectors + kWarp - 1) / kWarp;
+  static constexpr int kWidth = 16 / int(sizeof(Element));
+  Vector16 parts[kRounds];
+
+  // visit(round, vector) for this lane's vectors.
+  template <class Visit> HELIX_DEVICE static void each(Visit visit) {
 #pragma unroll
-  for (int i = 0; i < n; ++i) sum[i] += weight * to_float(elements[i]);
+    for (int round = 0; round < kRounds; ++round) {
+      const int i = round * kWarp + int(threadIdx.x) % kWarp;
+      if (i < kVectors) visit(round, i);
+    }
+  }
+  HELIX_DEVICE void load(const Vector16* from) {
+    each([&](int round, int i) { parts[round] = from[i]; });
+  }
+};
+
+// The weighted sum of parts as they come: weights exp(lse - max lse), rescaled when the maximum grows.
+template <class C> struct Merge {
+  float sum[Head<C>::kRounds][Head<C>::kWidth] = {}, largest = minus_infinity(), total = 0.0f;
+
+  HELIX_DEVICE void add(const Head<C>& head, float lse) {
+    if (is_minus_infinity(lse)) return;
+    const float largest_now = fmaxf(largest, lse);
+    const float before = expf(largest - largest_now), weight = expf(lse - largest_now);
+    largest = largest_now;
+    total = total * before + weight;
+#pragma unroll
+    for (int round = 0; round < Head<C>::kRounds; ++round) {
+      const auto* elements = reinterpret_cast<const typename C::Element*>(head.parts[round].words);
+#pragma unroll
+      for (int e = 0; e < Head<C>::kWidth; ++e) {
+        sum[round][e] = sum[round][e] * before + weight * to_float(elements[e]);
+      }
+    }
+  }
+  HELIX_DEVICE void store(Vector16* to) const {
+    const float scale = total == 0.0f ? 0.0f : 1.0f / total;
+    Head<C>::each([&](int round, int i) {
+      Vector16 v;
+      auto* elements = reinterpret_cast<typename C::Element*>(v.words);
+#pragma unroll
+      for (int e = 0; e < Head<C>::kWidth; ++e) {
+        elements[e] = from_float<typename C::Element>(sum[round][e] * scale);
+      }
+      to[i] = v;
+    });
+  }
+};
+
+// What `sender` sent of this rank's head: its LSE and, unless that is -inf, its O. The places are empty afterwards.
+template <class C>
+HELIX_DEVICE float receive(Head<C>& head, Vector16* o, u32* lse, const Group& group, int sender) {
+  u32 word = load_from_inbox(lse);
+  head.each([&](int round, int i) { head.parts[round] = load_from_inbox(o + i); });  // likely there, too
+  if (!arrived(word)) word = receive(lse, group, sender);
+  __syncwarp();  // all lanes have read the LSE
+  if (threadIdx.x % kWarp == 0) forget(lse);
+  const float found = __int_as_float(int(word));
+  if (is_minus_infinity(found)) return found;
+  head.each([&](int round, int i) {
+    if (!arrived(head.parts[round])) head.parts[round] = receive(o + i, group, sender);
+    forget(o + i);
+  });
+  return found;
 }
 
 template <class C>
 HELIX_DEVICE void exchange(typename C::Element* o_out, const typename C::Element* o, const float* lse,
                            const Group& group, int rows, int max_rows) {
-  using Element = typename C::Element;
-  using Inbox = ExchangeInbox<C>;
-  constexpr int vectors = Inbox::kVectors, rounds = (vectors + kWarp - 1) / kWarp, width = 16 / int(sizeof(Element));
-  const int lane = threadIdx.x % kWarp;
+  constexpr int vectors = Head<C>::kVectors;
   const i64 unit = i64(blockIdx.x) * (C::threads / kWarp) + threadIdx.x / kWarp;
   const i64 row = unit / C::heads, head = unit % C::heads;
   wait_for_previous_kernels();
   let_next_kernel_start();
   if (row >= rows) return;
-  const Inbox inbox(group, max_rows);
+  const ExchangeInbox<C> inbox(group, max_rows);
   const i64 first = row * C::members * C::heads + head;  // this head of member 0, among all heads
+  const auto part = [&](int member) { return first + i64(member) * C::heads; };
+  const auto local = [&](int member) { return reinterpret_cast<const Vector16*>(o) + part(member) * vectors; };
 
+  Head<C> sent;
   for (int step = 1; step < C::members; ++step) {
     const int member = (group.rank + step) % C::members;
-    const i64 theirs = first + i64(member) * C::heads;
-    const float part_lse = lse[theirs];
     u8* to = group.inbox(member);
+    const float part_lse = lse[part(member)];
+    sent.load(local(member));  // without waiting for the LSE; what is empty may hold anything
     if (!is_minus_infinity(part_lse)) {
-      const Vector16* from = reinterpret_cast<const Vector16*>(o) + theirs * vectors;
       Vector16* place = inbox.o(to, group.rank, unit);
-      for (int i = lane; i < vectors; i += kWarp) store_to_peer(place + i, sendable(from[i]));
+      sent.each([&](int round, int i) { store_to_peer(place + i, sendable(sent.parts[round])); });
     }
-    if (lane == 0) store_to_peer(inbox.lse(to, group.rank, unit), sendable(u32(__float_as_int(part_lse))));
+    if (threadIdx.x % kWarp == 0) {
+      store_to_peer(inbox.lse(to, group.rank, unit), sendable(u32(__float_as_int(part_lse))));
+    }
   }
 
   u8* own = group.inbox(group.rank);
-  float part_lse[C::members], largest = minus_infinity(), total = 0.0f;
-#pragma unroll
+  Head<C> kept, received;
+  const float kept_lse = lse[part(group.rank)];
+  kept.load(local(group.rank));  // before the wait for the others
+  Merge<C> merge;
   for (int member = 0; member < C::members; ++member) {
-    part_lse[member] = member == group.rank
-                           ? lse[first + i64(member) * C::heads]
-                           : __int_as_float(int(receive(inbox.lse(own, member, unit), group, member)));
-    largest = fmaxf(largest, part_lse[member]);
-  }
-  __syncwarp();  // all lanes have read the LSEs
-  float merged[rounds][width] = {};
-#pragma unroll
-  for (int member = 0; member < C::members; ++member) {
-    const bool mine = member == group.rank;
-    if (!mine && lane == 0) forget(inbox.lse(own, member, unit));
-    if (is_minus_infinity(part_lse[member])) continue;
-    const float weight = expf(part_lse[member] - largest);
-    total += weight;
-    const Vector16* local = reinterpret_cast<const Vector16*>(o) + (first + i64(member) * C::heads) * vectors;
-    Vector16* place = inbox.o(own, member, unit);
-#pragma unroll
-    for (int round = 0; round < rounds; ++round) {
-      const int i = round * kWarp + lane;
-      if (i >= vectors) continue;
-      const Vector16 v = mine ? local[i] : receive(place + i, group, member);
-      if (!mine) forget(place + i);
-      add_weighted<Element>(merged[round], v, weight);
+    if (member == group.rank) {
+      merge.add(kept, kept_lse);
+    } else {
+      const float part_lse =
+          receive(received, inbox.o(own, member, unit), inbox.lse(own, member, unit), group, member);
+      merge.add(received, part_lse);
     }
   }
-
-  const float scale = total == 0.0f ? 0.0f : 1.0f / total;
-  Vector16* to = reinterpret_cast<Vector16*>(o_out) + unit * vectors;
-#pragma unroll
-  for (int round = 0; round < rounds; ++round) {
-    const int i = round * kWarp + lane;
-    if (i >= vectors) continue;
-    Vector16 v;
-    Element* elements = reinterpret_cast<Element*>(v.words);
-#pragma unroll
-    for (int e = 0; e < width; ++e) elements[e] = from_float<Element>(merged[round][e] * scale);
-    to[i] = v;
-  }
+  merge.store(reinterpret_cast<Vector16*>(o_out) + unit * vectors);
 }
 
 }  // namespace helix

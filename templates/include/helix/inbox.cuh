@@ -9,7 +9,7 @@
 // sends in a later kernel than the one that reads here. So each call must send to every peer, though it be one word.
 //
 // Waits end. After `limit` nanoseconds without the word, or once another wait of this GPU has given up, the wait
-// returns; `status` (host memory) then tells which peer and which exchange, and what was computed is worthless.
+// returns; `status` (host memory) then tells which peer, step and call, and what was computed is worthless.
 #pragma once
 #include "helix/peer.cuh"
 #include "helix/sm90.cuh"
@@ -33,18 +33,24 @@ HELIX_DEVICE void forget(Vector16* v) { *v = Vector16{{kNothing, kNothing, kNoth
 
 // What a wait that gave up leaves behind.
 struct Status {
-  u32 failed, peer, exchange, reserved;
+  u32 failed, peer, step, call;
 };
 
-// The group as one launch sees it. `inboxes`: every member's, in group order. `count`: exchanges before this step's.
+// What has gone before a step: messages of the group, and steps.
+struct Progress {
+  u32 messages, steps;
+};
+
+// The group as one launch sees it. `inboxes`: every member's, in group order.
 struct Group {
   const u64* inboxes;
-  const u32* count;
+  const Progress* progress;
   Status* status;
   u64 limit;  // nanoseconds
-  int rank, index;  // of this rank; of this exchange within the step
+  int rank, index;  // of this rank; of this message within the step
+  int call;  // what the host knows this message by
 
-  HELIX_DEVICE u32 exchange() const { return *count + u32(index); }
+  HELIX_DEVICE u32 half() const { return (progress->messages + u32(index)) % 2; }
   HELIX_DEVICE u8* inbox(int member) const { return reinterpret_cast<u8*>(inboxes[member]); }
 };
 
@@ -61,8 +67,9 @@ template <class T> HELIX_DEVICE T receive(T* place, const Group& group, int peer
       if (status->failed) return value;
       if (now - started > group.limit) {
         status->peer = u32(peer);
-        status->exchange = group.exchange();
-        status->failed = 1;
+        status->step = group.progress->steps;
+        status->call = u32(group.call);
+        store_last(&group.status->failed, 1);
         return value;
       }
     }

@@ -4,7 +4,8 @@
 
 namespace helix {
 
-// One warp: fetches Q and KV, region by region, always as far ahead as the regions passed back allow.
+// One warp: fetches Q and KV, region by region, always as far ahead as the regions passed back allow. The first tile
+// does not wait for the previous kernel, which may write queries and new tokens alone.
 template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaMaps& maps, u32 base) {
   constexpr int kPagesPerTile = kTileTokens / C::block;
   const int lane = int(threadIdx.x) % 32;
@@ -21,7 +22,9 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
     const bool any = segment.first_tile < segment.last_tile;
     int current = any ? pages[min(first_page + lane, last_page)] : 0;
     int next = any ? pages[min(first_page + 32 + lane, last_page)] : 0;
-    if (!waited) wait_for_previous_kernels();  // what it writes is not read above: schedule and page table are older
+    const bool early =
+        !waited && (segment.first_tile + 1) * kTileTokens <= segment.length - C::row_tokens * C::shares;
+    if (!waited && !early) wait_for_previous_kernels();
     waited = true;
     for (int tile = segment.first_tile; tile < segment.last_tile; ++tile) {
       const int at = tile * kPagesPerTile - first_page;
@@ -57,6 +60,7 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
       __syncwarp();
       stage.advance();
       if (tile == segment.first_tile) {  // KV first: it is what takes long
+        if (early) wait_for_previous_kernels();
         if (leader) {
           barrier_wait(base + M::q_empty, q_parity);
           barrier_expect(base + M::q_full, M::kQ);

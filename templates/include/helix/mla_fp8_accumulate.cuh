@@ -5,20 +5,24 @@
 
 namespace helix {
 
-// 16 columns of 32 tokens of V', as operands of two products of 16 tokens. The columns of a pair come as rows r and
-// r + 8 of the operand, since they are the even and the odd bytes of what a lane loads.
-HELIX_DEVICE void mla_fp8_values(FragmentA (&v)[2], const FragmentA& words, const Vector16& factor) {
+// 16 columns of 32 tokens of V', as operands of two products of 16 tokens. A lane's word has two columns of two tokens;
+// the columns of a pair become rows r and r + 8 of the operand.
+HELIX_DEVICE void mla_fp8_values(FragmentA (&v)[2], const FragmentA& words) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    v[i / 2].x[i % 2 * 2] = e4m3_even(words.x[i], factor.words[i]);
-    v[i / 2].x[i % 2 * 2 + 1] = e4m3_odd(words.x[i], factor.words[i]);
+    const u32 columns = swap_middle_bytes(words.x[i]);
+    v[i / 2].x[i % 2 * 2] = e4m3_low_to_float16(columns);
+    v[i / 2].x[i % 2 * 2 + 1] = e4m3_high_to_float16(columns);
   }
 }
 
-HELIX_DEVICE void mla_fp8_exceed(FragmentA (&v)[2], const Vector16& excess) {
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    v[i / 4].x[i % 4] = multiply_bfloat16(v[i / 4].x[i % 4], excess.words[i / 2]);
+// Zeroes this side's columns of the tile's tokens from `valid` on: what lies there may be NaN, and 0 * NaN = NaN.
+HELIX_DEVICE void mla_fp8_clear_tail(u32 tile, int side, u32 valid) {
+#pragma unroll 1
+  for (u32 i = valid * 16 + threadIdx.x % 128; i < kTileTokens * 16; i += 128)
+    store_shared(tile + latent_offset(i / 16, 2 * side + i / 8 % 2, i % 8 * 16), Vector16{{0, 0, 0, 0}});
+  fence_async_proxy();  // before the copy engine writes there again
+  named_barrier(2 + side, 128);
 }
 
 // O' / sum to memory: a lane holds two neighbouring columns of a query, eight lanes the 32 bytes that DRAM moves.
@@ -38,13 +42,19 @@ HELIX_DEVICE void mla_fp8_write(bfloat16* to, const float (&o)[4][kSums], u32 in
   }
 }
 
+// Where a segment's result goes, from this block's first query and this side's first column on.
+template <class C> HELIX_DEVICE bfloat16* mla_fp8_output(const MlaArguments& a, const Segment& segment, int side) {
+  bfloat16* to = segment.whole ? a.o : a.part_o;
+  return to + (i64(segment.whole ? segment.row : segment.partial) * C::queries + head_half<C>() * 64) * 512 + side * 256;
+}
+
 // One warpgroup: O'[256][N] += V' P' over a segment, then O / sum to memory. `side` says which 256 columns.
-template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u32 base, int side) {
+template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u32 shared, int side) {
   using M8 = MlaFp8Shared<C>;
   constexpr int kSums = C::columns / 2;
   const int thread = int(threadIdx.x) % 128, lane = thread % 32;
   // A lane's row of the matrices it loads: of columns 16 warp on, in the first 64 of a group. The other 64: xor 64.
-  const u32 mine = latent_offset(lane, 2 * side, thread / 32 * 16), factors = base + M8::factors + factor_offset(2 * side, 0, lane % 4);
+  const u32 mine = latent_offset(lane, 2 * side, thread / 32 * 16);
   RingStage<C> stage;
   u32 p_parity = 0;
   Segments<C> segments(a.segments);
@@ -52,22 +62,20 @@ template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u
   if (segments.left == 0) return;
   do {
     const int first_tile = segments.current->first_tile, last_tile = segments.current->last_tile;
-    bfloat16* to = (segments.current->whole ? a.o : a.part_o) + side * 256;
-    to += (i64(segments.current->whole ? segments.current->row : segments.current->partial) * C::queries +
-           head_half<C>() * 64) * 512;
     if (first_tile == last_tile) {
-      for (int i = thread; i < queries_here<C>() * 32; i += 128)
+      bfloat16* to = mla_fp8_output<C>(a, *segments.current, side);
+#pragma unroll 1
+      for (int i = opaque(thread); i < queries_here<C>() * 32; i += 128)
         store_global(to + i / 32 * 512 + i % 32 * 8, Vector16{{0, 0, 0, 0}});
       continue;
     }
     float o[4][kSums];  // 64 columns each
+    int valid = segments.current->length - first_tile * kTileTokens;
     for (int tile = first_tile; tile < last_tile; ++tile) {
-      barrier_wait(base + M8::p_full, p_parity);
+      const u32 base = opaque(shared);
+      barrier_wait(base + M8::p_full(0), p_parity);
       barrier_wait(base + M8::full(stage.index), stage.parity);
-      const Vector16 found = load_shared_vector(base + M8::flags + p_parity * 16);
-      p_parity ^= 1;
-      const u32 flags = found.words[0] | found.words[1] | found.words[2] | found.words[3];
-      if (tile > first_tile && (flags & kRescale)) {
+      if (tile > first_tile && bits_of(load_shared(base + M8::moved)) != 0) {
 #pragma unroll
         for (int i = 0; i < kSums / 2; ++i) {
           const float scale = load_shared(base + M8::rescale + 4 * (i / 2 * 8 + lane % 4 * 2 + i % 2));
@@ -78,30 +86,31 @@ template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u
           }
         }
       }
+      if (valid < kTileTokens) mla_fp8_clear_tail(base + M8::tile(stage.index), side, valid);
+      valid -= kTileTokens;
       const MatrixOperand p(base + M8::p, 16, 1024);
       const u32 values = base + M8::tile(stage.index) + mine;
-      FragmentA v[2][2], words = load_matrices_transposed(values);
+      const auto load = [&](int batch) {
+        return load_matrices_transposed((values + batch / 4 * (M8::kLatent / 2) + batch / 2 % 2 * 1024) ^ (batch % 2 * 64));
+      };
+      FragmentA v[2][2], words[2] = {load(0), load(1)};
 #pragma unroll
-      for (int batch = 0; batch < 8; ++batch) {
-        const int chunk = batch / 2, half = batch % 2;
-        const u32 factor = factors + factor_offset(chunk / 2, half, 0);
-        mla_fp8_values(v[batch % 2], words, load_shared_vector(factor));
-        if (flags & kExcess)
-          mla_fp8_exceed(v[batch % 2], load_shared_vector(factor + M8::kFactors));
-        if (batch < 7) {  // ahead of the products, which are waited for before the next conversion
-          const int next = (batch + 1) / 2, next_half = (batch + 1) % 2;
-          words = load_matrices_transposed((values + next_half * (M8::kLatent / 2) + next / 2 * 1024) ^ (next % 2 * 64));
-        }
+      for (int batch = 0; batch < 8; ++batch) {  // of 64 columns and 32 tokens
+        const int half = batch / 4, chunk = batch % 4;
+        mla_fp8_values(v[batch % 2], words[batch % 2]);
+        if (batch == 4) barrier_wait(base + M8::p_full(1), p_parity);
         wgmma_begin();
 #pragma unroll
         for (int step = 0; step < 2; ++step)
-          wgmma_m64k16(o[chunk], v[batch % 2][step], p.at(half * 64 + step * 32), half + step > 0 || tile > first_tile);
+          wgmma_m64k16_float16(o[chunk], v[batch % 2][step], p.at(half * 64 + step * 32), half + step > 0 || tile > first_tile);
         wgmma_commit();
+        if (batch < 6) words[batch % 2] = load(batch + 2);
         if (batch > 0) {  // the registers of the batch before may be written again
           wgmma_wait<1>();
           wgmma_keep(v[(batch + 1) % 2][0]);
           wgmma_keep(v[(batch + 1) % 2][1]);
         }
+        if (batch == 4 && lane == 0) barrier_arrive(base + M8::p_empty(0));
       }
       __syncwarp();
       mla_release<C>(base + M8::empty(stage.index));
@@ -109,9 +118,10 @@ template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u
       wgmma_wait<0>();
       wgmma_keep(v[1][0]);
       wgmma_keep(v[1][1]);
-      if (tile + 1 == last_tile) mla_fp8_write<C>(to, o, base + M8::inverse);
+      if (tile + 1 == last_tile) mla_fp8_write<C>(mla_fp8_output<C>(a, *segments.current, side), o, base + M8::inverse);
       __syncwarp();
-      if (lane == 0) barrier_arrive(base + M8::p_empty);
+      if (lane == 0) barrier_arrive(base + M8::p_empty(1));
+      p_parity ^= 1;
     }
   } while (segments.next());
 }

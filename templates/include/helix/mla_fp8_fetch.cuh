@@ -36,7 +36,7 @@ template <class C>
 HELIX_DEVICE void mla_fp8_copy(const MlaMaps& maps, const u8* scales, u32 base, u32 stage, int half, int group) {
   using M8 = MlaFp8Shared<C>;
   const u32 full = base + M8::full(stage), tile = base + M8::tile(stage);
-  copy_bulk(base + M8::scale_bytes(stage) + half * 160, scales + i64(group) * 40, 160, full, kEvictFirst);
+  copy_bulk(base + M8::scale_bytes(stage) + half * 32, scales + i64(group) * 8, 32, full, kEvictFirst);
   const u32 latent = tile + half * (M8::kLatent / 2), rotary = tile + M8::kLatent + half * 2048;
   if constexpr (C::cluster == 2) {
     if (half != head_half<C>()) return;
@@ -70,7 +70,7 @@ HELIX_DEVICE void mla_fp8_fetch(const MlaArguments& a, const u8* scales, const M
       barrier_wait(base + M8::empty(stage.index), stage.parity ^ 1);
       __syncwarp();  // a lane that looked later could miss the phase, gone by before the leader comes back
       if (leader) {
-        barrier_expect(base + M8::full(stage.index), halves * 32 * (576 + kGroups));
+        barrier_expect(base + M8::full(stage.index), halves * 32 * (576 + 1));
         mla_fp8_copy<C>(maps, scales, base, stage.index, 0, group[0]);
         if (halves == 2) mla_fp8_copy<C>(maps, scales, base, stage.index, 1, group[1]);
       }

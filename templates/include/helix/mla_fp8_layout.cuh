@@ -1,29 +1,34 @@
 // What the warpgroups of the FP8 MLA partial share (see mla_fp8_partial.cuh): shared memory, the ring of tiles.
 #pragma once
-#include "helix/fp8.cuh"
 #include "helix/mla_layout.cuh"
 
 namespace helix {
 
-constexpr int kGroups = 5, kRotaryGroup = 4;  // of columns that share a scale: four times 128 latent, 64 rotary
-
 template <class C> struct MlaFp8Shared {
-  static constexpr u32 kLatent = 64 * 512, kTile = 64 * 576, kScales = 64 * kGroups, kFactors = 4 * 64 * 2;  // bytes
+  static constexpr u32 kLatent = 64 * 512, kTile = 64 * 576, kScales = 64;  // bytes
   static constexpr u32 kQ = C::columns * 1152, kQGroup = 9 * 1024, kP = C::columns * 128;
   static constexpr u32 q = 0, tiles = q + kQ, p = tiles + C::stages * kTile, scales = p + kP;
-  static constexpr u32 factors = scales + C::stages * kScales, excess = factors + kFactors, flags = excess + kFactors;
-  static constexpr u32 rescale = flags + 2 * 16, inverse = rescale + 4 * C::columns, full_barriers = inverse + 4 * C::columns;
+  static constexpr u32 queries = scales + C::stages * kScales, rescale = queries + 8 * C::columns;
+  static constexpr u32 inverse = rescale + 4 * C::columns, scratch = inverse + 4 * C::columns;
+  static constexpr u32 moved = scratch + 16 * C::columns, full_barriers = moved + 16;
   static constexpr u32 empty_barriers = full_barriers + 8 * C::stages, q_full = empty_barriers + 8 * C::stages;
-  static constexpr u32 q_empty = q_full + 8, p_full = q_empty + 8, p_empty = p_full + 8, bytes = p_empty + 8;
+  static constexpr u32 q_empty = q_full + 8, p_full_barriers = q_empty + 8, p_empty_barriers = p_full_barriers + 16;
+  static constexpr u32 bytes = p_empty_barriers + 16;
   static_assert(bytes <= 232448, "shared memory of one block");
   HELIX_DEVICE static u32 full(u32 stage) { return full_barriers + 8 * stage; }
   HELIX_DEVICE static u32 empty(u32 stage) { return empty_barriers + 8 * stage; }
+  // P comes and goes in halves of 32 tokens, which two warps of scores make.
+  HELIX_DEVICE static u32 p_full(int half) { return p_full_barriers + 8 * half; }
+  HELIX_DEVICE static u32 p_empty(int half) { return p_empty_barriers + 8 * half; }
   HELIX_DEVICE static u32 tile(u32 stage) { return tiles + stage * kTile; }
   HELIX_DEVICE static u32 scale_bytes(u32 stage) { return scales + stage * kScales; }
 };
 
-// What a warp of scores found in a tile, for all to see.
-constexpr u32 kRescale = 1, kExcess = 2;  // the reference of a query has moved; a scale exceeds what a factor holds
+// What turns products into scores (mla_fp8_softmax.cuh), of two queries side by side: factors, then references.
+HELIX_DEVICE u32 gain_offset(u32 query) { return query / 2 * 16 + query % 2 * 4; }
+HELIX_DEVICE u32 reference_offset(u32 query) { return gain_offset(query) + 8; }
+
+constexpr int kLift = 7;  // log2 of the weight times scale of a token at its query's reference
 
 // Which tile of the ring a role is at.
 template <class C> struct RingStage {
@@ -41,9 +46,5 @@ HELIX_DEVICE u32 latent_offset(u32 token, u32 group, u32 column) {
 HELIX_DEVICE u32 rotary_offset(u32 token, u32 column) {
   return 64 * 512 + token * 64 + (column ^ (token / 2 % 4 * 16));
 }
-
-// Factors of the tokens of a tile for one latent group, two tokens a word. Words 0 to 3 of the sixteen bytes at
-// (half of the tile, j) are those of tokens 8 i + 2 j and the next, i = 0 to 3: what lane % 4 = j multiplies with.
-HELIX_DEVICE u32 factor_offset(u32 group, u32 half, u32 j) { return group * 128 + half * 64 + j * 16; }
 
 }  // namespace helix

@@ -31,8 +31,10 @@ template <class C> HELIX_DEVICE void mla_fp8_partial(const MlaArguments& a, cons
     prefetch_map(maps.rotary);
     barrier_init(base + M8::q_full, 1);
     barrier_init(base + M8::q_empty, 4);
-    barrier_init(base + M8::p_full, 128);
-    barrier_init(base + M8::p_empty, 8);
+    for (int half = 0; half < 2; ++half) {
+      barrier_init(base + M8::p_full(half), 2);
+      barrier_init(base + M8::p_empty(half), 8);
+    }
     for (int stage = 0; stage < C::stages; ++stage) {
       barrier_init(base + M8::full(stage), 1);
       barrier_init(base + M8::empty(stage), 12 * C::cluster);  // warps of all warpgroups but the first
@@ -43,10 +45,10 @@ template <class C> HELIX_DEVICE void mla_fp8_partial(const MlaArguments& a, cons
   else __syncthreads();
   const int group = int(threadIdx.x) / 128;
   if (group == 0) {
-    registers_shrink<32>();
+    registers_shrink<24>();
     if (threadIdx.x < 32) mla_fp8_fetch<C>(a, scales, maps, base);
   } else if (group == 1) {
-    registers_grow<128>();
+    registers_grow<136>();
     mla_fp8_softmax<C>(a, base);
   } else {
     registers_grow<176>();

@@ -10,141 +10,160 @@ namespace helix {
 HELIX_DEVICE u32 mla_fp8_token() { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4; }
 HELIX_DEVICE u32 mla_fp8_query(int i) { return i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2; }
 
-// Columns of Q in the order in which K's come out of their words: of every 16, first the even ones, then the odd ones.
-template <class C> HELIX_DEVICE void mla_fp8_order_queries(u32 q) {
+HELIX_DEVICE float low_bfloat16(u32 pair) { return __int_as_float(int(pair << 16)); }
+HELIX_DEVICE float high_bfloat16(u32 pair) { return __int_as_float(int(pair & 0xffff0000u)); }
+
+// Q from bfloat16 to float16, in place, times a power of two that brings each query's largest element to [2^14, 2^15):
+// what then falls below float16's normal numbers is off by 2^-39 of the largest at most. `queries`: what
+// brings a product back, to a score in units of log2, and the first reference, 0. Columns are put in the order in which K's come out of their words: of every 16,
+// first the pairs 0, 2, 4, 6, then the pairs 1, 3, 5, 7.
+template <class C> HELIX_DEVICE void mla_fp8_convert_queries(u32 q, u32 queries) {
+  constexpr int kChunks = 9;
+  const u32 thread = threadIdx.x % 128, unit = thread % 8;  // eight lanes have one query, 16 bytes of each chunk
+  const bool odd = unit % 2;
 #pragma unroll 1
-  for (u32 i = threadIdx.x % 128; i < C::columns * 36; i += 128) {  // 16 columns of one query
-    const u32 row = i / 4, at = q + row / 8 * 1024 + swizzled(row % 8, i % 4 * 32);
-    const Vector16 low = load_shared_vector(at), high = load_shared_vector(at ^ 16);
-    Vector16 even, odd;
+  for (u32 query = thread / 8; query < C::columns; query += 16) {
+    const u32 row = q + query / 8 * (kChunks * 1024) + swizzled(query % 8, unit * 16);
+    Vector16 part[kChunks];
+    float most = 0.0f;
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const u32 x = (w < 2 ? low : high).words[w % 2 * 2], y = (w < 2 ? low : high).words[w % 2 * 2 + 1];
-      even.words[w] = (x & 0xffff) | y << 16;
-      odd.words[w] = x >> 16 | (y & 0xffff0000u);
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      part[chunk] = load_shared_vector(row + chunk * 1024);
+#pragma unroll
+      for (u32 pair : part[chunk].words) most = fmaxf(most, fmaxf(fabsf(low_bfloat16(pair)), fabsf(high_bfloat16(pair))));
     }
-    store_shared(at, even);
-    store_shared(at ^ 16, odd);
+#pragma unroll
+    for (int distance = 1; distance < 8; distance *= 2)
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, distance));
+    const int exponent = min(14 + 254 - (__float_as_int(most) >> 23), 253);
+    const float factor = __int_as_float(exponent << 23);
+    if (unit == 0) {
+      const float gain = __int_as_float((254 - exponent) << 23) * (C::scale * 1.4426950408889634f);
+      store_shared(queries + gain_offset(query), gain);
+      store_shared(queries + reference_offset(query), 0.0f);
+    }
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      u32 pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        pairs[i] = pack_float16(low_bfloat16(part[chunk].words[i]) * factor, high_bfloat16(part[chunk].words[i]) * factor);
+      // Lanes of even units keep their pairs 0 and 2 for 1 and 3 of their neighbours.
+      const u32 first = __shfl_xor_sync(0xffffffffu, odd ? pairs[0] : pairs[1], 1);
+      const u32 second = __shfl_xor_sync(0xffffffffu, odd ? pairs[2] : pairs[3], 1);
+      store_shared(row + chunk * 1024, odd ? Vector16{{first, second, pairs[1], pairs[3]}}
+                                           : Vector16{{pairs[0], pairs[2], first, second}});
+    }
   }
   fence_async_proxy();
   named_barrier(1, 128);
 }
 
-// Scale bytes of a thread's two tokens, each pair in one word; 0, the least scale, for tokens from `valid` on, whose
-// bytes may be anything.
+// Scales of a thread's two tokens. Tokens from `valid` on, whose bytes may be anything, have finite ones.
 struct TokenScales {
-  u32 pairs[kGroups];
-  u32 own;  // that of group lane % 4, whose factors this thread publishes
+  u32 bytes[2];
 
+  TokenScales() = default;
   HELIX_DEVICE TokenScales(u32 from, int valid) {
-    const u32 token = mla_fp8_token(), at = from + token * kGroups;
-    const bool first = int(token) < valid, second = int(token) + 8 < valid;
-    const auto load = [&](u32 group) {
-      return (first ? load_shared_byte(at + group) : 0) | (second ? load_shared_byte(at + group + 8 * kGroups) : 0) << 8;
-    };
 #pragma unroll
-    for (u32 group = 0; group < kGroups; ++group) pairs[group] = load(group);
-    own = load(threadIdx.x % 4);
+    for (int r = 0; r < 2; ++r) {
+      const u32 token = mla_fp8_token() + 8 * r;
+      bytes[r] = int(token) < valid ? load_shared_byte(from + token) : 0;
+    }
   }
-  HELIX_DEVICE static u32 byte(u32 pair, int r) { return r == 0 ? pair & 0xff : pair >> 8; }
-  // Of any token of the warp.
-  HELIX_DEVICE bool exceeds() const {
-    bool any = false;
-#pragma unroll
-    for (int i = 0; i < 2 * kGroups; ++i) any |= e4m3_exceeds(byte(pairs[i / 2], i % 2));
-    return __any_sync(0xffffffffu, any);
-  }
+  HELIX_DEVICE float of_product(int r) const { return __int_as_float(int(bytes[r] << 23)); }
+  HELIX_DEVICE float of_weight(int r) const { return __int_as_float(int(bytes[r] + kLift << 23)); }
+  HELIX_DEVICE float log2(int r) const { return float(int(bytes[r]) - 127); }
 };
 
-// S'[64][N] = K Q' of a tile.
-template <class C, int kSums>
-HELIX_DEVICE void mla_fp8_scores(float (&s)[kSums], u32 base, u32 tile, const TokenScales& scales, bool exceeds) {
+constexpr int kBatches = 18;  // of 32 columns of K
+
+// S'[64][N] = K Q' of a tile. `meanwhile.step(i)` is called when batch i has been given to the tensor cores.
+template <class C, int kSums, class Work>
+HELIX_DEVICE void mla_fp8_scores(float (&s)[kSums], u32 base, u32 tile, Work& meanwhile) {
   using M8 = MlaFp8Shared<C>;
+  constexpr int kBuffers = C::columns == 64 ? 2 : 4, kAhead = C::columns == 64 ? 1 : 2;  // batches
   const u32 lane = threadIdx.x % 32, token = threadIdx.x % 128 / 32 * 16 + lane % 16, column = lane / 16 * 16;
   const u32 latent = tile + latent_offset(token, 0, column), rotary = tile + rotary_offset(token, column);
   const MatrixOperand q(base + M8::q, 16, M8::kQGroup);
-  const auto address = [&](int batch) {
-    return batch / 4 == kRotaryGroup ? rotary ^ (batch % 2 * 32) : (latent + batch / 4 * 1024) ^ (batch % 4 * 32);
+  const auto load = [&](int batch) {
+    return load_matrices(batch < 16 ? (latent ^ (batch % 4 * 32)) + batch / 4 * 1024 : rotary ^ (batch % 2 * 32));
   };
-  FragmentA k[3][2], words[2] = {load_matrices(address(0))};
-  u32 factor[2];
+  FragmentA k[kBuffers][2], words[kAhead];
 #pragma unroll
-  for (int batch = 0; batch < 18; ++batch) {  // 32 columns
-    const int group = batch / 4;
-    if (batch % 4 == 0) {
+  for (int batch = 0; batch < kAhead; ++batch) words[batch] = load(batch);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) factor[r] = both_halves(e4m3_factor(scales.byte(scales.pairs[group], r)));
-    }
-    FragmentA(&mine)[2] = k[batch % 3];
-    if (batch < 17) words[(batch + 1) % 2] = load_matrices(address(batch + 1));
+  for (int batch = 0; batch < kBatches; ++batch) {
+    FragmentA(&mine)[2] = k[batch % kBuffers];
+    FragmentA& raw = words[batch % kAhead];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      mine[i / 2].x[i % 2] = e4m3_even(words[batch % 2].x[i], factor[i % 2]);
-      mine[i / 2].x[i % 2 + 2] = e4m3_odd(words[batch % 2].x[i], factor[i % 2]);
+      mine[i / 2].x[i % 2] = e4m3_low_to_float16(raw.x[i]);
+      mine[i / 2].x[i % 2 + 2] = e4m3_high_to_float16(raw.x[i]);
     }
-    if (exceeds) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const u32 excess = both_halves(e4m3_excess(scales.byte(scales.pairs[group], r)));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) mine[i / 2].x[i % 2 * 2 + r] = multiply_bfloat16(mine[i / 2].x[i % 2 * 2 + r], excess);
-      }
-    }
+    if (batch + kAhead < kBatches) raw = load(batch + kAhead);
     wgmma_begin();
 #pragma unroll
     for (int step = 0; step < 2; ++step)
-      wgmma_m64k16(s, mine[step], q.at(batch / 2 * 1024 + batch % 2 * 64 + step * 32), batch + step > 0);
+      wgmma_m64k16_float16(s, mine[step], q.at(batch / 2 * 1024 + batch % 2 * 64 + step * 32), batch + step > 0);
     wgmma_commit();
-    if (batch > 1) {  // the registers of the batch before the last may be written again
-      wgmma_wait<2>();
-      wgmma_keep(k[(batch + 1) % 3][0]);
-      wgmma_keep(k[(batch + 1) % 3][1]);
+    meanwhile.step(batch);
+    if (batch + 1 >= kBuffers) {  // the registers of the next batch may be written again
+      wgmma_wait<kBuffers - 1>();
+#pragma unroll
+      for (const FragmentA& free : k[(batch + 1) % kBuffers]) wgmma_keep(free);
     }
   }
   wgmma_wait<0>();
 #pragma unroll
-  for (int i = 0; i < 6; ++i) wgmma_keep(k[i / 2][i % 2]);
+  for (int i = 0; i < 2 * kBuffers; ++i) wgmma_keep(k[i / 2][i % 2]);
 }
 
-// Factors of the latent groups for the warpgroups of O', lane % 4 = 0 to 3 each one group: lanes with an even token
-// store the first token of theirs and its neighbour's, the others the second.
-HELIX_DEVICE void mla_fp8_publish_factors(u32 table, u32 first, u32 second) {
-  const u32 lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32, odd = lane / 4 % 2;
-  const u32 both = first | second << 16, other = __shfl_xor_sync(0xffffffffu, both, 4);
-  const u32 pair = odd ? other >> 16 | (both & 0xffff0000u) : (both & 0xffff) | other << 16;
-  store_shared(table + factor_offset(lane % 4, warp / 2, lane / 8) + 4 * (warp % 2 * 2 + odd), pair);
-}
-
-// Running softmax of the queries, each spread over the lanes with the same lane % 4 of all four warps.
+// Running softmax of the queries, each spread over the lanes with the same lane % 4 of all four warps. A weight is
+// 2^(score - reference); what multiplies V is the weight times the token's scale, and the reference, in units of log2, a
+// recent maximum of score + log2(scale). So float16 holds that with full precision from 2^8 times to 2^-21 times what it
+// is at the reference; the weight itself, which the sum takes, is a float32 for any scale up to 2^90.
 template <class C> struct MlaFp8Softmax {
   static constexpr int kQueries = C::columns / 4, kSums = C::columns / 2;  // of a thread
-  static constexpr float kScale = C::scale * 1.4426950408889634f;          // weights are powers of 2
-  static constexpr float kSlack = 8.0f;  // the reference follows the maximum when 2^8 behind: O is seldom rescaled
-  float reference[kQueries], sum[kQueries];
+  static constexpr float kSlack = 8.0f;      // the reference follows when 2^8 behind: O is seldom rescaled
+  static constexpr float kLowest = -1e30f;   // reference of a query without tokens: finite, so that -inf - it is no NaN
+  float sum[kQueries];
 
-  HELIX_DEVICE MlaFp8Softmax() {
+  HELIX_DEVICE void start() {
 #pragma unroll
-    for (int i = 0; i < kQueries; ++i) reference[i] = minus_infinity(), sum[i] = 0.0f;
+    for (float& x : sum) x = 0.0f;
   }
 
-  HELIX_DEVICE static float larger(const float (&s)[kSums], int i) {
-    return fmaxf(s[i / 2 * 4 + i % 2], s[i / 2 * 4 + i % 2 + 2]);
-  }
-
-  // Does a score of this warp lie above what its reference allows?
-  HELIX_DEVICE bool outgrown(const float (&s)[kSums]) const {
-    float most = minus_infinity();
+  // Products to scores minus references.
+  HELIX_DEVICE static void relate(float (&s)[kSums], const TokenScales& scales, u32 queries) {
 #pragma unroll
-    for (int i = 0; i < kQueries; ++i) most = fmaxf(most, fmaf(larger(s, i), kScale, -reference[i]));  // NaN is dropped
-    return __any_sync(0xffffffffu, most > kSlack);
+    for (int n = 0; n < C::columns / 8; ++n) {
+      const Vector16 two = load_shared_vector(queries + gain_offset(mla_fp8_query(2 * n)));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float gain = __int_as_float(int(two.words[i % 2])), reference = __int_as_float(int(two.words[2 + i % 2]));
+        s[4 * n + i] = fmaf(s[4 * n + i] * scales.of_product(i / 2), gain, -reference);
+      }
+    }
   }
 
-  // Moves the references to the largest scores, and leaves what earlier weights are to be multiplied by in `rescale`.
-  HELIX_DEVICE void refer(const float (&s)[kSums], u32 scratch, u32 rescale) {
+  // Does anything in this thread lie above what its reference allows?
+  HELIX_DEVICE static bool outgrown(const float (&s)[kSums], const TokenScales& scales) {
+    float most[4] = {s[0], s[1], s[2], s[3]};  // four chains
+#pragma unroll
+    for (int i = 4; i < kSums; ++i) most[i % 4] = fmaxf(most[i % 4], s[i]);  // NaN is dropped
+    return fmaxf(fmaxf(most[0], most[1]) + scales.log2(0), fmaxf(most[2], most[3]) + scales.log2(1)) > kSlack;
+  }
+
+  // Moves the references to the largest sums of score and log2(scale), and leaves what earlier weights are to be
+  // multiplied by in `rescale`. The first tile has no reference before.
+  HELIX_DEVICE void refer(float (&s)[kSums], const TokenScales& scales, bool first, u32 scratch, u32 queries,
+                          u32 rescale) {
     const u32 warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {
-      float largest = larger(s, i);
+      const float* mine = s + i / 2 * 4 + i % 2;
+      float largest = fmaxf(mine[0] + scales.log2(0), mine[2] + scales.log2(1));
 #pragma unroll
       for (int distance = 4; distance < 32; distance *= 2)
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
@@ -153,37 +172,35 @@ template <class C> struct MlaFp8Softmax {
     named_barrier(1, 128);
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {
-      float largest = minus_infinity(), factor = 1.0f;
+      float largest = kLowest;
 #pragma unroll
       for (u32 w = 0; w < 4; ++w) largest = fmaxf(largest, load_shared(scratch + 4 * (w * C::columns + mla_fp8_query(i))));
-      largest *= kScale;
-      if (largest > reference[i] + kSlack) {
-        factor = exp2_approximate(reference[i] - largest);
-        reference[i] = largest;
-        sum[i] *= factor;
+      const float by = first || largest > kSlack ? largest : 0.0f;
+      s[i / 2 * 4 + i % 2] -= by;
+      s[i / 2 * 4 + i % 2 + 2] -= by;
+      const float factor = first ? 0.0f : exp2_approximate(-by);
+      sum[i] *= factor;
+      if (warp == 0 && lane < 4) {
+        const u32 reference = queries + reference_offset(mla_fp8_query(i));
+        store_shared(reference, load_shared(reference) + by);
+        store_shared(rescale + 4 * mla_fp8_query(i), factor);
       }
-      if (warp == 0 && lane < 4) store_shared(rescale + 4 * mla_fp8_query(i), factor);
     }
     named_barrier(1, 128);  // scratch is free
   }
 
-  // Turns scores into weights of 2^8 at most.
-  HELIX_DEVICE void weigh(float (&s)[kSums]) {
+  // Turns scores minus references, of the queries 8 n to 8 n + 7, into weights times scales, a word for each token.
+  HELIX_DEVICE void weigh(u32 (&weights)[kSums / 2], const float (&s)[kSums], const TokenScales& scales, int n) {
 #pragma unroll
-    for (int i = 0; i < kQueries; ++i) {
-      // A query without a token up to here has no finite reference, and -inf - -inf would be NaN.
-      const float base = C::row_tokens > 1 && is_minus_infinity(reference[i]) ? 0.0f : reference[i];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float& x = s[i / 2 * 4 + i % 2 + 2 * r];
-        x = exp2_approximate(fmaf(x, kScale, -base));
-        sum[i] += x;
-      }
+    for (int r = 0; r < 2; ++r) {
+      const float low = exp2_approximate(s[4 * n + 2 * r]), high = exp2_approximate(s[4 * n + 2 * r + 1]);
+      sum[2 * n] += low, sum[2 * n + 1] += high;
+      weights[2 * n + r] = pack_float16(low * scales.of_weight(r), high * scales.of_weight(r));
     }
   }
 
-  // Sums over all tokens: 1 / sum of every query to `inverse`, and the LSE to memory.
-  HELIX_DEVICE void finish(u32 scratch, u32 inverse, float* lse) {
+  // Sums over all tokens: what O' is to be multiplied by to `inverse`, and the LSE to memory.
+  HELIX_DEVICE void finish(u32 scratch, u32 queries, u32 inverse, float* lse) {
     const u32 warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {
@@ -199,8 +216,10 @@ template <class C> struct MlaFp8Softmax {
         float total = sum[i];
 #pragma unroll
         for (u32 w = 1; w < 4; ++w) total += load_shared(scratch + 4 * (w * C::columns + query));
-        store_shared(inverse + 4 * query, C::row_tokens > 1 && total == 0.0f ? 0.0f : 1.0f / total);
-        if (int(query) < queries_here<C>()) lse[query] = reference[i] * 0.6931471805599453f + logf(total);
+        const float one = 1.0f / (1 << kLift);
+        store_shared(inverse + 4 * query, C::row_tokens > 1 && total == 0.0f ? 0.0f : one / total);
+        const float reference = load_shared(queries + reference_offset(query));
+        if (int(query) < queries_here<C>()) lse[query] = reference * 0.6931471805599453f + logf(total);
       }
     }
     named_barrier(1, 128);  // scratch is free
@@ -217,14 +236,14 @@ HELIX_DEVICE void mla_fp8_mask(float (&s)[kSums], const int (&bounds)[kTokens]) 
 }
 
 // Weights as P [N][64 tokens], tokens contiguous.
-template <class C, int kSums> HELIX_DEVICE void mla_fp8_publish_weights(const float (&s)[kSums], u32 p) {
+template <class C, int kWords> HELIX_DEVICE void mla_fp8_publish_weights(const u32 (&words)[kWords], u32 p) {
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   const u32 at = p + lane / 16 * 1024 + swizzled(lane % 8, warp * 32 + lane / 8 % 2 * 16);
 #pragma unroll
   for (int n = 0; n < C::columns / 16; ++n) {  // 16 queries
     FragmentA weights;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) weights.x[i] = pack_bfloat16(s[n * 8 + i * 2], s[n * 8 + i * 2 + 1]);
+    for (int i = 0; i < 4; ++i) weights.x[i] = words[4 * n + i];
     store_matrices_transposed(at + n * 2048, weights);
   }
 }
@@ -234,67 +253,122 @@ template <class C> HELIX_DEVICE float* mla_fp8_lse(const MlaArguments& a, const 
          head_half<C>() * 64;
 }
 
-// One warpgroup: scores, running softmax, and the LSE. The scores of a tile overlap with P V of the one before.
+// What the warpgroup does with the scores of a tile.
+template <class C> struct MlaFp8Tile {
+  using M8 = MlaFp8Shared<C>;
+  using Softmax = MlaFp8Softmax<C>;
+  static constexpr int kTokens = C::row_tokens == 1 ? 1 : C::heads < C::columns ? C::columns / C::heads : 1;
+  static constexpr int kEights = C::columns / 8, kLater = 5;
+  const MlaArguments& a;
+  const u32 base;
+  const Segment* segment;
+  u32 p_parity = 1;
+  bool first, last, moved;
+  int valid, bounds[kTokens];  // tokens of the tile, and those of each query token
+  float s[Softmax::kSums];
+  u32 weights[Softmax::kSums / 2];
+  TokenScales scales;
+  Softmax softmax;
+
+  HELIX_DEVICE MlaFp8Tile(const MlaArguments& arguments, u32 at) : a(arguments), base(at) {}
+
+  // Before the next scores: what is to be known of all of them.
+  HELIX_DEVICE void refer() {
+    softmax.relate(s, scales, base + M8::queries);
+    if (kTokens > 1 || C::row_tokens > 1 || valid < kTileTokens) mla_fp8_mask<C>(s, bounds);
+    moved = named_barrier_any(1, 128, first || softmax.outgrown(s, scales));
+    if (moved) {
+      barrier_wait(base + M8::p_empty(0), p_parity);  // the factors before have been read
+      softmax.refer(s, scales, first, base + M8::scratch, base + M8::queries, base + M8::rescale);
+    }
+  }
+
+  // Beside the next scores.
+  HELIX_DEVICE void step(int batch) {
+    const int half = int(threadIdx.x % 128 / 64);
+    if (batch < kEights) softmax.weigh(weights, s, scales, batch);
+    if (batch == kEights && last) {
+      barrier_wait(base + M8::p_empty(1), p_parity);
+      softmax.finish(base + M8::scratch, base + M8::queries, base + M8::inverse, mla_fp8_lse<C>(a, *segment));
+    }
+    if (batch == kEights && half == 0) publish(half);
+    if (batch == kEights + kLater && half == 1) publish(half);
+    if (batch == kBatches - 1) p_parity ^= 1;
+  }
+
+  HELIX_DEVICE void publish(int half) {
+    barrier_wait(base + M8::p_empty(half), p_parity);
+    mla_fp8_publish_weights<C>(weights, base + M8::p);
+    if (threadIdx.x % 128 == 0) store_shared(base + M8::moved, u32(moved));
+    fence_async_proxy();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(base + M8::p_full(half));
+  }
+};
+
+struct Nothing {
+  HELIX_DEVICE void step(int) {}
+};
+
+// The scores of the tile at `stage`, which is passed back.
+template <class C, class Work>
+HELIX_DEVICE TokenScales mla_fp8_next(float (&s)[MlaFp8Softmax<C>::kSums], u32 base, RingStage<C>& stage, int valid, Work& meanwhile) {
+  using M8 = MlaFp8Shared<C>;
+  barrier_wait(base + M8::full(stage.index), stage.parity);
+  const TokenScales scales(opaque(base) + M8::scale_bytes(stage.index), valid);
+  mla_fp8_scores<C>(s, base, opaque(base) + M8::tile(stage.index), meanwhile);
+  __syncwarp();
+  mla_release<C>(base + M8::empty(stage.index));
+  stage.advance();
+  return scales;
+}
+
+// One warpgroup: scores, running softmax, and the LSE. The softmax of a tile runs while the tensor cores compute the
+// scores of the next one, and both while P V of the one before is computed.
 template <class C> HELIX_DEVICE void mla_fp8_softmax(const MlaArguments& a, u32 base) {
   using M8 = MlaFp8Shared<C>;
-  constexpr int kTokens = C::row_tokens == 1 ? 1 : C::heads < C::columns ? C::columns / C::heads : 1;
-  const u32 thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+  using Tile = MlaFp8Tile<C>;
+  const u32 thread = threadIdx.x % 128, lane = thread % 32;
   RingStage<C> stage;
-  u32 q_parity = 0, p_parity = 1;
+  u32 q_parity = 0;
   Segments<C> segments(a.segments);
   wait_for_previous_kernels();
   if (segments.left == 0) return;
+  Tile tile(a, base);
   do {
     const int start = segments.current->first_tile * kTileTokens;
     int tiles = segments.current->last_tile - segments.current->first_tile;
+    tile.segment = segments.current;
     if (tiles == 0) {
-      if (int(thread) < queries_here<C>()) mla_fp8_lse<C>(a, *segments.current)[thread] = minus_infinity();
+      if (int(thread) < queries_here<C>()) mla_fp8_lse<C>(a, *tile.segment)[thread] = minus_infinity();
       continue;
     }
-    int bounds[kTokens], valid = segments.current->length - start;
+    tile.valid = segments.current->length - start;
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t)
-      bounds[t] = mla_bound<C>(a, *segments.current, head_half<C>() * 64 / C::heads + t) - start;
-    MlaFp8Softmax<C> softmax;
+    for (int t = 0; t < Tile::kTokens; ++t)
+      tile.bounds[t] = mla_bound<C>(a, *segments.current, head_half<C>() * 64 / C::heads + t) - start;
+    tile.softmax.start();
     barrier_wait(base + M8::q_full, q_parity);
     q_parity ^= 1;
-    mla_fp8_order_queries<C>(base + M8::q);
-    for (; tiles > 0; --tiles) {
-      const bool last = tiles == 1;
+    mla_fp8_convert_queries<C>(base + M8::q, base + M8::queries);
+    Nothing nothing;
+    tile.scales = mla_fp8_next<C>(tile.s, base, stage, tile.valid, nothing);
+    tile.first = true, tile.last = false;
+    for (; tiles > 1; --tiles) {
       float s[MlaFp8Softmax<C>::kSums];
-      barrier_wait(base + M8::full(stage.index), stage.parity);
-      const TokenScales scales(opaque(base) + M8::scale_bytes(stage.index), valid);
-      const bool exceeds = scales.exceeds();
-      mla_fp8_scores<C>(s, base, opaque(base) + M8::tile(stage.index), scales, exceeds);
-      __syncwarp();
-      mla_release<C>(base + M8::empty(stage.index));
-      stage.advance();
-      if (last && lane == 0) barrier_arrive(base + M8::q_empty);
-      if (kTokens > 1 || C::row_tokens > 1 || valid < kTileTokens) mla_fp8_mask<C>(s, bounds);
-      const u32 mine = (softmax.outgrown(s) ? kRescale : 0) | (exceeds ? kExcess : 0);
-      const u32 at = base + M8::flags + (p_parity ^ 1) * 16;
-      if (lane == 0) store_shared(at + 4 * warp, mine);
-      named_barrier(1, 128);
-      const Vector16 found = load_shared_vector(at);
-      const u32 flags = found.words[0] | found.words[1] | found.words[2] | found.words[3];
-      if (flags & kRescale) {
-        barrier_wait(base + M8::p_empty, p_parity);  // P is the scratch
-        softmax.refer(s, base + M8::p, base + M8::rescale);
-      }
-      softmax.weigh(s);
-      barrier_wait(base + M8::p_empty, p_parity);
-      p_parity ^= 1;
-      if (last) softmax.finish(base + M8::p, base + M8::inverse, mla_fp8_lse<C>(a, *segments.current));
-      mla_fp8_publish_weights<C>(s, base + M8::p);
-      const u32 bytes[2] = {scales.byte(scales.own, 0), scales.byte(scales.own, 1)};
-      mla_fp8_publish_factors(base + M8::factors, e4m3_factor(bytes[0]), e4m3_factor(bytes[1]));
-      if (flags & kExcess) mla_fp8_publish_factors(base + M8::excess, e4m3_excess(bytes[0]), e4m3_excess(bytes[1]));
-      fence_async_proxy();
-      barrier_arrive(base + M8::p_full);
-      valid -= kTileTokens;
+      tile.refer();
+      const TokenScales scales = mla_fp8_next<C>(s, base, stage, tile.valid - kTileTokens, tile);
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t) bounds[t] -= kTileTokens;
+      for (int i = 0; i < MlaFp8Softmax<C>::kSums; ++i) tile.s[i] = s[i];
+      tile.scales = scales, tile.first = false, tile.valid -= kTileTokens;
+#pragma unroll
+      for (int t = 0; t < Tile::kTokens; ++t) tile.bounds[t] -= kTileTokens;
     }
+    if (lane == 0) barrier_arrive(base + M8::q_empty);
+    tile.refer();
+    tile.last = true;
+#pragma unroll
+    for (int batch = 0; batch < kBatches; ++batch) tile.step(batch);
   } while (segments.next());
 }
 

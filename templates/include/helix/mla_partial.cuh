@@ -12,8 +12,9 @@
 // contiguous) and V (n contiguous) are the same bytes. Roofline: memory, 1152 bytes a token, for Q <= 64; the tensor
 // cores about as much for Q = 128.
 //
-// Programmatic dependent launch: the schedule and the page table are read before the previous kernel is waited for, so
-// they must be older than that; every kernel in the chain lets its successor start only after it has waited itself.
+// Programmatic dependent launch: the schedule, the page table and all tokens but a row's newest are read before the
+// previous kernel is waited for, so they must be older than that; every kernel in the chain lets its successor start
+// only after it has waited itself.
 #pragma once
 #include "helix/mla_accumulate.cuh"
 #include "helix/mla_fetch.cuh"

@@ -3,7 +3,7 @@
 //   q [N, H, D] with N = B * T, cache k (and v), page_table [B, max_pages], lengths [N]  ->
 //   o [S, N, H, P] float32, normalised by its own softmax sum, and lse [S, N, H] float32, natural log
 //   MLA: cache k [pages, block, D], v = its first P columns.  GQA: cache k, v [pages, KH, block, D], P = D.
-//   FP8 caches have scales beside them, a byte for each group of columns in place of the columns.
+//   FP8 caches have scales beside them, a byte in place of the columns.
 //
 // Grid (head tiles, N, S). One thread block: one query token, up to head_tile query heads that share a KV head, one
 // split. It walks its tokens in tiles: copy K (and V) to shared memory, scores, running softmax, accumulate O in
@@ -41,8 +41,7 @@ HELIX_DEVICE Vector16 load_vector(const Cached* cache, const u8*, i64 token, int
 
 template <class C>
 HELIX_DEVICE Vector16 load_vector(const float8_e4m3fn* cache, const u8* scales, i64 token, int column) {
-  constexpr int groups = (C::head_dim + kScaleColumns - 1) / kScaleColumns;
-  const float scale = scale_to_float(scales[token * groups + column / kScaleColumns]);
+  const float scale = scale_to_float(scales[token]);
   const u64 elements = *reinterpret_cast<const u64*>(cache + token * C::head_dim + column);
   Vector16 vector;
 #pragma unroll

@@ -13,6 +13,11 @@ HELIX_DEVICE void store_to_peer(Vector16* to, Vector16 v) {
                : "memory");
 }
 
+// A store that is seen, by the host too, only after all that this thread stored before.
+HELIX_DEVICE void store_last(u32* to, u32 word) {
+  asm volatile("st.release.sys.global.b32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+}
+
 HELIX_DEVICE u32 load_from_inbox(const u32* from) {
   u32 word;
   asm volatile("ld.relaxed.sys.global.b32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");

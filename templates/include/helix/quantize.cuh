@@ -1,5 +1,5 @@
-// FP8 e4m3 with block scales, as runtime/helixc_runtime/quantize.py has it: a group's scale is the least power of two
-// under which its largest magnitude is at most 448; its byte is that power's exponent as a float32 holds it.
+// FP8 e4m3 with scales, as runtime/helixc_runtime/quantize.py has it: a vector's scale is the least power of two under
+// which its largest magnitude is at most 448; its byte is that power's exponent as a float32 holds it.
 #pragma once
 #include "helix/chunk.cuh"
 

@@ -1,11 +1,11 @@
 // Reduce: the sum over a group of every rank's summand, added to the residual stream and normed, in one launch.
 //
-//   x [rows, D] of this rank, residual [rows, D], bias [D] or none, weight [D]
-//   ->  residual' = residual + sum of all x (+ bias) and normed = weight * RMSNorm(residual'), both [rows, D]
+//   x [rows, D] of this rank; residual [rows, D], bias [D] and weight [D], each or none
+//   ->  sum = residual + sum of all x + bias and, with a weight, normed = weight * RMSNorm(sum), both [rows, D]
 //
-// Each rank sends its whole summand to every other: (N - 1) * rows * D * size bytes, once over NVLink, where a ring
-// goes around twice; for the few rows of a decode step that is what counts. An inbox holds [2 halves][N senders]
-// [max_rows][D]. Sums are float32 in the members' order, hence the same bits on every rank; the residual is rounded
+// Each rank sends its whole summand to every other: (N - 1) * rows * D * size bytes, once over NVLink, where a ring goes
+// around twice; for the few rows of a decode step that is what counts. A group of one adds and norms what it has. An
+// inbox holds [2 halves][N senders][max_rows][D]. Sums are float32 in the members' order, hence the same bits on every rank; the sum is rounded
 // once, and the norm is of what was rounded, itself rounded before the weight, as the published models do.
 //
 // One thread block a row; each thread sends the vectors that the same thread on every other GPU waits for.
@@ -37,7 +37,7 @@ template <int threads> HELIX_DEVICE float block_sum(float x) {
 }
 
 template <class C>
-HELIX_DEVICE void reduce(typename C::Element* residual_out, typename C::Element* normed, const typename C::Element* x,
+HELIX_DEVICE void reduce(typename C::Element* sum_out, typename C::Element* normed, const typename C::Element* x,
                          const typename C::Element* residual, const typename C::Element* bias,
                          const typename C::Element* weight, const Group& group, int max_rows) {
   using Element = typename C::Element;
@@ -47,7 +47,7 @@ HELIX_DEVICE void reduce(typename C::Element* residual_out, typename C::Element*
   const i64 row = blockIdx.x, first = row * vectors;
   const auto vector = [](const Element* from, i64 i) { return reinterpret_cast<const Vector16*>(from)[i]; };
   const auto place = [&](int inbox, int sender) {
-    const i64 half = group.exchange() % 2;
+    const i64 half = group.half();
     return reinterpret_cast<Vector16*>(group.inbox(inbox)) + ((half * C::members + sender) * max_rows + row) * vectors;
   };
   wait_for_previous_kernels();
@@ -57,6 +57,15 @@ HELIX_DEVICE void reduce(typename C::Element* residual_out, typename C::Element*
     const int member = (group.rank + step) % C::members;
     Vector16* to = place(member, group.rank);
     for (int i = thread; i < vectors; i += C::threads) store_to_peer(to + i, sendable(vector(x, first + i)));
+  }
+
+  Vector16 before[rounds], factors[rounds];  // loaded before the wait
+#pragma unroll
+  for (int round = 0; round < rounds; ++round) {
+    const int i = round * C::threads + thread;
+    if (i >= vectors) continue;
+    if (residual) before[round] = vector(residual, first + i);
+    if (weight) factors[round] = vector(weight, i);
   }
 
   float sum[rounds][width], squares = 0.0f;
@@ -77,8 +86,8 @@ HELIX_DEVICE void reduce(typename C::Element* residual_out, typename C::Element*
       }
       add_elements<Element>(sum[round], v);
     }
-    if constexpr (C::bias) add_elements<Element>(sum[round], vector(bias, i));
-    add_elements<Element>(sum[round], vector(residual, first + i));
+    if (bias) add_elements<Element>(sum[round], vector(bias, i));
+    if (residual) add_elements<Element>(sum[round], before[round]);
     Vector16 out;
     Element* elements = reinterpret_cast<Element*>(out.words);
 #pragma unroll
@@ -87,21 +96,21 @@ HELIX_DEVICE void reduce(typename C::Element* residual_out, typename C::Element*
       sum[round][e] = to_float(elements[e]);
       squares += sum[round][e] * sum[round][e];
     }
-    reinterpret_cast<Vector16*>(residual_out)[first + i] = out;
+    reinterpret_cast<Vector16*>(sum_out)[first + i] = out;
   }
 
+  if (!weight) return;
   const float scale = rsqrtf(block_sum<C::threads>(squares) / float(C::hidden) + C::eps);
 #pragma unroll
   for (int round = 0; round < rounds; ++round) {
     const int i = round * C::threads + thread;
     if (i >= vectors) continue;
-    const Vector16 factors = vector(weight, i);
     Vector16 out;
     Element* elements = reinterpret_cast<Element*>(out.words);
 #pragma unroll
     for (int e = 0; e < width; ++e) {
       const float rounded = to_float(from_float<Element>(sum[round][e] * scale));
-      elements[e] = from_float<Element>(to_float(reinterpret_cast<const Element*>(factors.words)[e]) * rounded);
+      elements[e] = from_float<Element>(to_float(reinterpret_cast<const Element*>(factors[round].words)[e]) * rounded);
     }
     reinterpret_cast<Vector16*>(normed)[first + i] = out;
   }

@@ -78,7 +78,18 @@ HELIX_DEVICE void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// The same, for warps whose lanes may come one by one.
+// The same; says whether `mine` holds for any of the threads.
+HELIX_DEVICE bool named_barrier_any(int number, int threads, bool mine) {
+  u32 any;
+  asm volatile(
+      "{ .reg .pred p, q; setp.ne.u32 p, %3, 0; barrier.cta.red.or.pred q, %1, %2, p; selp.u32 %0, 1, 0, q; }"
+      : "=r"(any)
+      : "r"(number), "r"(threads), "r"(u32(mine))
+      : "memory");
+  return any != 0;
+}
+
+// The same as named_barrier, for warps whose lanes may come one by one.
 template <int number, int threads> HELIX_DEVICE void named_barrier_diverged() {
   asm volatile("barrier.cta.sync %0, %1;" ::"n"(number), "n"(threads) : "memory");
 }
@@ -206,6 +217,16 @@ HELIX_DEVICE Vector16 load_global(const void* from) {
                : "l"(from));
   return v;
 }
+// Of what no kernel writes and this one reads once.
+HELIX_DEVICE Vector16 load_streamed(const void* from) {
+  Vector16 v;
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+               : "l"(from));
+  return v;
+}
+// Asks for the line at `from` to be in the L2 soon.
+HELIX_DEVICE void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 HELIX_DEVICE void store_global(void* to, Vector16 v) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.words[0]), "r"(v.words[1]), "r"(v.words[2]),
                "r"(v.words[3])

@@ -29,15 +29,14 @@ HELIX_DEVICE int inclusive_scan(int x, int lane) {
   return x;
 }
 
-// Of unsigned integers, which travel as the bits of floats; several at a time, which hides the latency of each.
-template <int kLanes, int count> HELIX_DEVICE void warp_max_bits(u32 (&x)[count]) {
+// Of unsigned integers.
+template <int kLanes> HELIX_DEVICE u32 warp_max_bits(u32 x) {
 #pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2)
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const u32 other = u32(__float_as_int(__shfl_xor_sync(0xffffffffu, __int_as_float(int(x[i])), distance)));
-      x[i] = other > x[i] ? other : x[i];
-    }
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    const u32 other = __shfl_xor_sync(0xffffffffu, x, distance);
+    x = other > x ? other : x;
+  }
+  return x;
 }
 
 }  // namespace helix

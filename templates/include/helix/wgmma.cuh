@@ -1,4 +1,4 @@
-// Hopper's warpgroup matrix instructions (bf16 operands, float32 sums), as many shapes as the kernels use.
+// Hopper's warpgroup matrix instructions (bf16 operands unless told, float32 sums), as many shapes as the kernels use.
 #pragma once
 #include "helix/mma.cuh"
 
@@ -55,11 +55,11 @@ HELIX_DEVICE void wgmma_m64n128k16(float (&d)[64], u64 a, u64 b, int accumulate)
       : "l"(a), "l"(b), "r"(accumulate));
 }
 
-// d[64][16] += a[64][16] b[16][16], a in registers, b in shared memory with k contiguous.
-HELIX_DEVICE void wgmma_m64k16(float (&d)[8], const FragmentA& a, u64 b, int accumulate) {
+// d[64][16] += a[64][16] b[16][16], of float16, a in registers, b in shared memory with k contiguous.
+HELIX_DEVICE void wgmma_m64k16_float16(float (&d)[8], const FragmentA& a, u64 b, int accumulate) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %13, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7"
       "}, {%8, %9, %10, %11}, %12, p, 1, 1, 0; }\n"
       :
@@ -67,11 +67,11 @@ HELIX_DEVICE void wgmma_m64k16(float (&d)[8], const FragmentA& a, u64 b, int acc
       : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b), "r"(accumulate));
 }
 
-// d[64][32] += a[64][16] b[16][32], a in registers, b in shared memory with k contiguous.
-HELIX_DEVICE void wgmma_m64k16(float (&d)[16], const FragmentA& a, u64 b, int accumulate) {
+// d[64][32] += a[64][16] b[16][32], of float16, a in registers, b in shared memory with k contiguous.
+HELIX_DEVICE void wgmma_m64k16_float16(float (&d)[16], const FragmentA& a, u64 b, int accumulate) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %21, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
       "}, {%16, %17, %18, %19}, %20, p, 1, 1, 0; }\n"
       :
@@ -80,11 +80,11 @@ HELIX_DEVICE void wgmma_m64k16(float (&d)[16], const FragmentA& a, u64 b, int ac
       : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b), "r"(accumulate));
 }
 
-// d[64][64] += a[64][16] b[16][64], a in registers, b in shared memory with k contiguous.
-HELIX_DEVICE void wgmma_m64k16(float (&d)[32], const FragmentA& a, u64 b, int accumulate) {
+// d[64][64] += a[64][16] b[16][64], of float16, a in registers, b in shared memory with k contiguous.
+HELIX_DEVICE void wgmma_m64k16_float16(float (&d)[32], const FragmentA& a, u64 b, int accumulate) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
       "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }\n"

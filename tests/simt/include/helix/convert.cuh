@@ -32,13 +32,6 @@ inline unsigned short float_to_bfloat16_bits(float x) {
   return (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-inline unsigned multiply_bfloat16(unsigned a, unsigned b) {
-  const auto product = [](unsigned x, unsigned y) {
-    return unsigned(float_to_bfloat16_bits(__int_as_float(x << 16) * __int_as_float(y << 16)));
-  };
-  return product(a & 0xffff, b & 0xffff) | product(a >> 16, b >> 16) << 16;
-}
-
 // Three bits of mantissa, exponents down to -6, below them multiples of 2^-9; 0x7f is NaN, 0x7e 448.
 inline unsigned float_to_e4m3_bits(float x) {
   unsigned bits;

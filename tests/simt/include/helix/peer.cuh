@@ -13,6 +13,8 @@ inline void store_to_peer(Vector16* to, Vector16 v) {
   for (int i : {2, 0, 3, 1}) store_to_peer(&to->words[i], v.words[i]);  // in no order to rely on
 }
 
+inline void store_last(u32* to, u32 word) { __atomic_store_n(to, word, __ATOMIC_RELEASE); }
+
 // A slow GPU sleeps `slow_times` times, before one read in `slow_one_in`: what a peer overwrites meanwhile is lost.
 extern "C" {
 unsigned slow_times = 0, slow_one_in = 1, slow_microseconds = 0;

@@ -38,6 +38,9 @@ HELIX_DEVICE void barrier_expect(u64* barrier, u32 bytes) { barrier_expect(share
 HELIX_DEVICE void barrier_wait(u64* barrier, u32 parity) { barrier_wait(shared_address(barrier), parity); }
 
 HELIX_DEVICE void named_barrier(int number, int threads) { simt::block_barrier(unsigned(number), unsigned(threads)); }
+HELIX_DEVICE bool named_barrier_any(int number, int threads, bool mine) {
+  return simt::block_barrier_any(unsigned(number), unsigned(threads), mine);
+}
 template <int number, int threads> HELIX_DEVICE void named_barrier_diverged() { named_barrier(number, threads); }
 
 HELIX_DEVICE void fence_async_proxy() { simt::fence_async_proxy(); }
@@ -120,6 +123,9 @@ HELIX_DEVICE Vector16 load_global(const void* from) {
   std::memcpy(&v, aligned(from, 16), 16);
   return v;
 }
+HELIX_DEVICE Vector16 load_streamed(const void* from) { return load_global(from); }
+// Nothing is seen of it but a fault where there is no memory.
+HELIX_DEVICE void prefetch_line(const void* from) { *static_cast<const volatile u8*>(from); }
 HELIX_DEVICE void store_global(void* to, Vector16 v) { std::memcpy(aligned(to, 16), &v, 16); }
 
 // Others may run between any two of these: a loop of loads sees what they wrote in the meantime.

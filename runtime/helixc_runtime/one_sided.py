@@ -1,0 +1,163 @@
+"""Comm whose decode steps write into the other GPUs' memory: one launch for an exchange and its merge, one for a
+reduction with the residual and the norm after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from helixc_runtime.attend_cuda import address
+from helixc_runtime.comm import GroupName, PeerTimeout, TorchComm
+from helixc_runtime.cubin import check_arch
+from helixc_runtime.manifest import DTYPE_BYTES, Instance, Kernel, Rank
+from helixc_runtime.ops import Norm, Ops, Partial
+from helixc_runtime.ops_cuda import load_kernel
+from helixc_runtime.peer_memory import open_inboxes
+
+_WARP = 32
+
+
+class OneSidedComm(TorchComm):
+    """Groups with a kernel among `kernels` (templates exchange and reduce) are one-sided; the rest are collectives.
+
+    What a step needs of the step before it, how many messages there were, lies on the GPU: a step can be captured and
+    replayed. Waits for a peer end after `patience` seconds: `check` then raises, and the rank must not go on.
+    """
+
+    def __init__(
+        self,
+        rank: Rank,
+        groups: Mapping[str, dist.ProcessGroup],
+        instance: Instance,
+        kernels: Sequence[Kernel],
+        artifact_dir: Path,
+        device: torch.device,
+        patience: float,
+    ) -> None:
+        """All ranks of a group together. Raises CubinError, PeerMemoryError, or ValueError if a kernel is missing."""
+        super().__init__(rank, groups)
+        arch = check_arch([kernel.arch for kernel in kernels], device)
+        chosen = [kernel for kernel in kernels if kernel.arch == arch]
+        self._device, self._patience = device, patience
+        self._status = torch.zeros(4, dtype=torch.int32, pin_memory=device.type == "cuda")  # Status of inbox.cuh
+        self._seen = self._status.numpy()
+        self._calls: list[tuple[GroupName, str]] = []  # what the kernels know by its number
+        self._exchange = self._reduce = None
+        if instance.exchange == "one_sided":
+            kernel = _find(chosen, "exchange", cp=instance.cp)
+            self._exchange = _Messages(self, kernel, "cp", instance.max_batch_size, artifact_dir)
+        if instance.reduce_rows:
+            kernel = _find(chosen, "reduce", members=len(rank.groups.ffn_tp))
+            self._reduce = _Messages(self, kernel, "ffn_tp", instance.reduce_rows, artifact_dir)
+        self._kinds = [kind for kind in (self._exchange, self._reduce) if kind]
+        self._progress = [kind.progress[i : i + 1] for kind in self._kinds for i in range(2)]
+
+    def begin_step(self) -> None:
+        for kind in self._kinds:
+            kind.sent = 0
+
+    def end_step(self) -> None:
+        # One launch; the numbers are fixed when it is captured.
+        torch._foreach_add_(self._progress, [number for kind in self._kinds for number in (kind.sent, 1)])
+
+    def check(self) -> None:
+        failed, peer, step, call = self._seen.tolist()
+        if failed:
+            group, what = self._calls[call]
+            gone = getattr(self.rank.groups, group)[peer]
+            raise PeerTimeout(
+                f"rank {self.rank.rank} waited {self._patience:g} s for rank {gone} in vain: {what}, decode step {step}"
+            )
+
+    def exchange(self, partial: Partial, ops: Ops, what: str) -> Tensor:
+        kind = self._exchange
+        if kind is None:
+            return super().exchange(partial, ops, what)
+        params, rows = kind.kernel.params, len(partial.o)
+        heads, width = int(params["out_heads"]), int(params["partial_dim"])
+        kind.expect(rows, o=partial.o)
+        if partial.o.shape[1:] != (heads * kind.members, width) or not partial.lse.is_contiguous():
+            raise ValueError(f"a partial of {list(partial.o.shape)}, expected [any, {heads * kind.members}, {width}]")
+        out = torch.empty(rows, heads, width, dtype=partial.o.dtype, device=partial.o.device)
+        warps = int(params["threads"]) // _WARP
+        kind.launch(-(-rows * heads // warps), (out, *partial), (rows, kind.rows), self._call("cp", what))
+        return out
+
+    def reduce(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None, ops: Ops, what: str
+    ) -> tuple[Tensor, Tensor]:
+        kind = self._reduce
+        if kind is None or len(x) > kind.rows:
+            return super().reduce(x, residual, bias, norm, ops, what)
+        params, weight = kind.kernel.params, norm.weight if norm else None
+        kind.expect(len(x), x=x, residual=residual, bias=bias, weight=weight)
+        if x.shape[1:] != (params["hidden"],) or (norm and norm.eps != params["eps"]):
+            raise ValueError(
+                f"the reduction is of {params['hidden']} columns with {params['eps']}, not {list(x.shape)}"
+            )
+        out = torch.empty_like(x)
+        normed = torch.empty_like(x) if norm else out
+        kind.launch(len(x), (out, normed, x, residual, bias, weight), (kind.rows,), self._call("ffn_tp", what))
+        return out, normed
+
+    def _call(self, group: GroupName, what: str) -> int:
+        if (group, what) not in self._calls:
+            self._calls.append((group, what))
+        return self._calls.index((group, what))
+
+
+class _Messages:
+    """One kind of messages of a rank: its kernel, the group's inboxes, and how many there have been."""
+
+    def __init__(self, comm: OneSidedComm, kernel: Kernel, group: GroupName, rows: int, artifact_dir: Path) -> None:
+        """`rows`: the most of a message."""
+        ranks = getattr(comm.rank.groups, group)
+        self.kernel, self.rows, self.members = kernel, rows, len(ranks)
+        self.sent = 0  # in this step
+        self._comm, self._index = comm, ranks.index(comm.rank.rank)
+        self._device, self._dtype = comm._device, getattr(torch, str(kernel.params["dtype"]))
+        self._loaded = load_kernel(kernel, artifact_dir, self._device)
+        self.progress = torch.zeros(2, dtype=torch.int32, device=self._device)  # Progress of inbox.cuh
+        size = inbox_bytes(kernel, rows)
+        self._inboxes = open_inboxes(size, group, self.members, self._index, comm, self._device)
+
+    def launch(self, blocks: int, tensors: Sequence[Tensor | None], sizes: tuple[int, ...], call: int) -> None:
+        """Send this rank's message and take in the others'."""
+        group = (self._inboxes, self.progress, self._comm._status)
+        numbers = (int(self._comm._patience * 1e9), self._index, self.sent, call)
+        self._loaded.launch((blocks, 1, 1), *map(address, (*tensors, *group)), *numbers, *sizes)
+        self.sent += 1
+
+    def expect(self, rows: int, **tensors: Tensor | None) -> None:
+        """Raise ValueError unless so many rows fit and the kernel can read `tensors` (None: not there)."""
+        if not 0 < rows <= self.rows:
+            raise ValueError(f"{rows} rows, expected 1 to {self.rows}")
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            if tensor.dtype != self._dtype or tensor.device != self._device:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} on {tensor.device}, expected {self._dtype} on {self._device}"
+                )
+            if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+                raise ValueError(f"{name} is not contiguous, or does not start at a multiple of 16 bytes")
+
+
+def inbox_bytes(kernel: Kernel, rows: int) -> int:
+    """What one GPU's inbox takes, for messages of at most `rows` rows: see exchange.cuh and reduce.cuh."""
+    params, size = kernel.params, DTYPE_BYTES[str(kernel.params["dtype"])]
+    if kernel.template == "exchange":
+        return 2 * int(params["cp"]) * rows * int(params["out_heads"]) * (int(params["partial_dim"]) * size + 4)
+    return 2 * int(params["members"]) * rows * int(params["hidden"]) * size
+
+
+def _find(kernels: Sequence[Kernel], template: str, **params: int) -> Kernel:
+    for kernel in kernels:
+        if kernel.template == template and params.items() <= kernel.params.items():
+            return kernel
+    raise ValueError(f"the rank has no {template} kernel for {params}")
