@@ -61,7 +61,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (attention, steps, launch):
         monkeypatch.setattr(module, "first_gpu", lambda: CPU)
         if hasattr(module, "compiled"):
-            monkeypatch.setattr(module, "compiled", lambda *arguments: no_work)
+            monkeypatch.setattr(module, "compiled", lambda *arguments, **options: no_work)
         if hasattr(module, "empty_kernel"):
             monkeypatch.setattr(module, "empty_kernel", lambda folder: no_work)
         if hasattr(module, "BLOCK"):
