@@ -16,6 +16,7 @@ from helixc.codegen.select import names_for, select
 from helixc.codegen.template_root import template_root
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.manifest import SCHEMA, Groups, Instance, Memory, Model, ModelArch, Plan, Rank, Role, Rope
+from tests.deployments import plan_of, role
 from tests.gpu.kernel_cases import gqa, mla
 
 
@@ -168,7 +169,7 @@ def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     hopper, other = (names_for((arch,), model, ranks[1], generation, 32) for arch in ("sm_90a", "sm_100a"))
     append, combine = "append_gqa_h16_kv4_d64_r64_b32_bf16", "combine_cp2_p64_bf16"
     sends = ("batch_r64_b32", "exchange_cp2_h8_p64_bf16", "reduce_n1_d512_bf16", "reduce_n4_d512_bf16")
-    of_ffn = tuple(f"linear_w{team}_n8" for team in (1, 2, 4, 8)) + ("gate_up_d512_i1024_n8", "down_d512_i1024_n8")
+    of_ffn = (*(f"linear_w{team}_n8" for team in (1, 2, 4, 8)), "gate_up_d512_i1024_n8", "down_d512_i1024_n8")
     rest = (combine, *sends, *of_ffn)
     assert hopper == (append, "gqa_schedule_h16_kv4_d64_b32", "gqa_partial_h16_kv4_d64_b32", *rest)
     assert other == (append, "partial_gqa_h16_kv4_d64_b32_bf16", "merge_p64_bf16", *rest)
@@ -247,3 +248,10 @@ def test_the_include_digest_follows_the_headers(tmp_path: Path) -> None:
     header = root / "include" / "helix" / "warp.cuh"
     header.write_text(header.read_text() + "// changed\n")
     assert Renderer(root).render(configure(spec)).include_digest != before
+
+
+def test_only_a_low_rank_query_has_a_norm_of_its_own() -> None:
+    for model, names in (("deepseek-v3", {"norm_d1536_bf16"}), ("deepseek-v3-lite", set()), ("qwen3-8b", set())):
+        plan = plan_of(model, None, role(cp=2), dtype="bfloat16")
+        found = names_for(("sm_90a",), plan.model, plan.ranks[0], plan.instances[0], 32)
+        assert {name for name in found if name.startswith("norm")} == names
