@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from helixc_runtime.attention_shape import AttentionShape
@@ -129,6 +129,11 @@ def _gated(hidden: int, always: int, mixture: FfnShape | None, eights: int, arch
         dims += f"_e{mixture.local_experts}of{moe.experts}k{moe.top_k}_i{mixture.expert_columns}"
     up, down = (KernelSpec(f"{name}_{dims}_n{8 * eights}", name, params, arch) for name in ("gate_up", "down"))
     return up, down
+
+
+def norm(width: int, eps: float, dtype: Dtype, arch: str) -> KernelSpec:
+    """The RMSNorm of a projection: a reduction of one rank, under a name that none of the hidden states has."""
+    return replace(reduce(1, width, eps, dtype, arch), name=f"norm_d{width}_{_SHORT[dtype]}")
 
 
 def _hopper_mla(shape: AttentionShape) -> bool:

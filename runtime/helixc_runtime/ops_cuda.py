@@ -72,7 +72,7 @@ class CudaOps:
         several = ("combine", "reduce")  # kernels of one template
         self._kernels = {kernel.template: kernel for kernel in chosen if kernel.template not in several}
         self._combines = {int(kernel.params["cp"]): kernel for kernel in chosen if kernel.template == "combine"}
-        self._add_norms = {float(kernel.params["eps"]): kernel for kernel in chosen if kernel.template == "reduce"}
+        self._add_norms = [kernel for kernel in chosen if kernel.template == "reduce"]
         for kernel in chosen:
             _check_kernel(kernel, shape)
         if "append" not in self._kernels:
@@ -181,8 +181,9 @@ class CudaOps:
         weight = norm.weight if norm else None
         self._expect(self.shape.dtype, x=x, residual=residual, bias=bias, weight=weight)
         _expect_aligned(x=x, residual=residual, bias=bias, weight=weight)
-        kernel = next((k for eps, k in self._add_norms.items() if norm is None or eps == norm.eps), None)
-        if kernel is None or kernel.params["hidden"] != x.shape[1]:
+        fits = {"hidden": x.shape[1]} | ({"eps": norm.eps} if norm else {})
+        kernel = next((kernel for kernel in self._add_norms if fits.items() <= kernel.params.items()), None)
+        if kernel is None:
             raise ValueError(f"no kernel adds and norms {x.shape[1]} columns with {norm and norm.eps}")
         out = torch.empty_like(x)
         normed = torch.empty_like(x) if norm else out

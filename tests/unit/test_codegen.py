@@ -17,6 +17,7 @@ from helixc.codegen.template_root import template_root
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ffn_shape import FfnShape
 from helixc_runtime.manifest import SCHEMA, Groups, Instance, Memory, Model, ModelArch, Plan, Rank, Role, Rope
+from tests.deployments import plan_of, role
 from tests.gpu.ffn_cases import QWEN3, V3, V3_LITE
 from tests.gpu.ffn_cases import ffn as mixture_of
 from tests.gpu.kernel_cases import gqa, mla
@@ -303,3 +304,10 @@ def test_the_include_digest_follows_the_headers(tmp_path: Path) -> None:
     header = root / "include" / "helix" / "warp.cuh"
     header.write_text(header.read_text() + "// changed\n")
     assert Renderer(root).render(configure(spec)).include_digest != before
+
+
+def test_only_a_low_rank_query_has_a_norm_of_its_own() -> None:
+    for model, names in (("deepseek-v3", {"norm_d1536_bf16"}), ("deepseek-v3-lite", set()), ("qwen3-8b", set())):
+        plan = plan_of(model, None, role(cp=2), dtype="bfloat16")
+        found = names_for(("sm_90a",), plan.model, plan.ranks[0], plan.instances[0], 32)
+        assert {name for name in found if name.startswith("norm")} == names
