@@ -60,8 +60,8 @@ def attention(result: dict[str, Any]) -> str:
     text = f"""Machine: {_machine(result)}.
 Repeat with `python bench/attention.py`. FlashInfer and FlashMLA count when they can be imported{absent}.
 One layer's attention, partial and merge, pages of {BLOCK} tokens in random order, launches back to back in a CUDA
-graph; medians, peers interleaved. "Read" is a plain read of the same pages, not overlapped with its neighbours as ours
-is: ours can come out under it. Schedules are not in the times.{sdpa if "torch sdpa" in result["versions"] else ""}
+graph; medians, peers interleaved. "Read" is a plain read of the same pages, its launches overlapped as ours are.
+Schedules are not in the times.{sdpa if "torch sdpa" in result["versions"] else ""}
 """
     sections = [_section("Decode attention", text, (), [])]
     for title, wanted in (
@@ -171,7 +171,7 @@ def decode(result: dict[str, Any]) -> str:
 Repeat with `python bench/decode.py`. TTL of `gen tp1 cp2` and of `gen tp2` in the engine's own loop, random weights,
 the KV pool filled with random numbers, pages in random order; medians. Models that name their layers are cut to them.
 The floor is what a rank must read, weights (experts: as many as the batch is expected to choose) and KV, at the speed
-of torch's copy in the same run. Host is what a step takes longer than its captured graph.
+of torch's copy in the same run. Host is how much longer a step takes than the GPU works on it.
 """
     sections = [_section("Whole decode steps on two GPUs", text, (), [])]
     for model in dict.fromkeys(row["model"] for row in result["rows"]):

@@ -69,18 +69,22 @@ class ThreadDist:
     def send(self, x: Tensor, rank: int, group: tuple[int, ...]) -> None:
         pair = (self._own.rank, rank)
         self._record("send", pair, x)
-        self._boxes["pipeline", pair].put(x.clone())
+        self._box("pipeline", pair).put(x.clone())
 
     def isend(self, x: Tensor, rank: int, tag: int) -> Any:
         pair = (self._own.rank, rank)
         self._record("post", pair, x)
-        self._boxes[tag, pair].put(x.clone())
+        self._box(tag, pair).put(x.clone())
         return _Sent()
 
     def recv(self, x: Tensor, rank: int, group: object = None, tag: int = 0) -> None:
         pair = (rank, self._own.rank)
         self._record("take" if group is None else "recv", pair, x)
-        x.copy_(self._boxes[tag if group is None else "pipeline", pair].get(timeout=WAIT_S))
+        x.copy_(self._box(tag if group is None else "pipeline", pair).get(timeout=WAIT_S))
+
+    def _box(self, tag: object, pair: tuple[int, int]) -> queue.Queue[Tensor]:
+        with self._lock:  # both ends may ask first
+            return self._boxes[tag, pair]
 
     def _record(self, kind: str, ranks: tuple[int, ...], x: Tensor, source: int | None = None) -> None:
         self.calls[self._own.rank].append(Call(kind, ranks, x.numel() * x.element_size(), source))

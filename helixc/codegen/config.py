@@ -73,6 +73,8 @@ def configure(spec: KernelSpec) -> KernelConfig:
             return _gqa_partial(spec)
         case "combine" | "merge":
             return _combine(spec)
+        case "batch":
+            return KernelConfig(spec, threads=64)
         case "exchange":
             return KernelConfig(spec, threads=_EXCHANGE_THREADS)
         case "reduce":
@@ -134,7 +136,7 @@ def _mla_fp8_partial(spec: KernelSpec) -> KernelConfig:
     """As many tiles in flight as fit beside the queries."""
     width = next(n for n in (16, 32, 64) if n >= min(_mla_queries(spec), 64))
     stages = 4 if width == 64 else 5
-    used = width * (1152 + 128 + 16) + stages * (64 * 577 + 16) + 16 + 32  # MlaFp8Shared, mla_fp8_layout.cuh
+    used = width * (1152 + 128 + 32) + stages * (64 * 577 + 16) + 16 + 48  # MlaFp8Shared, mla_fp8_layout.cuh
     return KernelConfig(spec, threads=512, stages=stages, cluster=_mla_cluster(spec), width=width, dynamic_shared=used)
 
 
@@ -149,7 +151,10 @@ def _gqa_partial(spec: KernelSpec) -> KernelConfig:
     stage = 2 * tile * token_bytes + 16 + (2 * tile if fp8 else 0)
     used = stages * stage + 2 * 4 * columns * 4 + 64 + 3072 + 16  # GqaShared, gqa_tile.cuh
     shared = -(-used // 1024) * 1024
-    return KernelConfig(spec, threads=160, token_tile=tile, stages=stages, overlap="old_tokens", dynamic_shared=shared)
+    cluster = 2 if int(params["shares"]) % 2 == 0 else 1
+    return KernelConfig(
+        spec, 160, token_tile=tile, stages=stages, cluster=cluster, overlap="old_tokens", dynamic_shared=shared
+    )
 
 
 def _gqa_tile(spec: KernelSpec) -> int:

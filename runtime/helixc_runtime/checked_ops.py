@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from helixc_runtime.kv import KvCache
+from helixc_runtime.models.rotary import Rotary
 from helixc_runtime.ops import DecodeBatch, GatedMlp, LayerCache, Mixture, Norm, Ops, Partial, Projections
 
 
@@ -18,6 +20,10 @@ class CheckedOps:
     def __init__(self, ops: Ops, rank: int, first_layer: int) -> None:
         self._ops, self._rank, self._first_layer = ops, rank, first_layer
         self._layer = first_layer
+
+    def make_batch(self, cache: KvCache, positions: Tensor, attends: Tensor, rotary: Rotary) -> DecodeBatch:
+        """See Ops.make_batch."""
+        return self._ops.make_batch(cache, positions, attends, rotary)
 
     def begin_step(self, batch: DecodeBatch) -> None:
         """See Ops.begin_step."""

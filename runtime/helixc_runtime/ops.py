@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from helixc_runtime.kv import KvCache
+    from helixc_runtime.models.rotary import Rotary
 
 
 class Partial(NamedTuple):
@@ -103,6 +107,13 @@ class Ops(Protocol):
 
     A padding row (see DecodeBatch) writes nothing but its own rows of the results.
     """
+
+    def make_batch(self, cache: KvCache, positions: Tensor, attends: Tensor, rotary: Rotary) -> DecodeBatch:
+        """KvCache.batch of global `positions` [N] int64, negative for rows that are not in use.
+
+        Of those in use, rows with `attends` [N] int64 of 1 are this rank's to attend for; the others have 0.
+        """
+        ...
 
     def begin_step(self, batch: DecodeBatch) -> None:
         """Prepare a step: what depends on the lengths and pages alone, once for all layers.

@@ -16,9 +16,11 @@ from helixc_runtime.ffn_cuda import ARGUMENTS as FFN_ARGUMENTS
 from helixc_runtime.ffn_cuda import EARLY as FFN_EARLY
 from helixc_runtime.ffn_cuda import CudaFfn
 from helixc_runtime.ffn_shape import FfnShape
+from helixc_runtime.kv import KvCache
 from helixc_runtime.manifest import Kernel
+from helixc_runtime.models.rotary import Rotary
 from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Norm, Partial, Projections
-from helixc_runtime.shape_checks import check_add_norm, check_append, check_attend, check_combine
+from helixc_runtime.shape_checks import check_add_norm, check_append, check_attend, check_combine, expect_shape
 from helixc_runtime.switches import read_switches
 from helixc_runtime.watched_kernel import WatchedKernel
 
@@ -27,6 +29,7 @@ _WARP = 32
 # The launch arguments of each template, in order.
 ARGUMENTS = {
     "append": ("pointer",) * 15 + ("int32",) * 9,
+    "batch": ("pointer",) * 9 + ("int32",) * 3,
     "combine": ("pointer",) * 4 + ("int32",),
     "exchange": ("pointer",) * 7 + ("int32",) * 5,  # the limit in nanoseconds is as wide as a pointer
     "reduce": ("pointer",) * 10 + ("int32",) * 4,
@@ -81,6 +84,28 @@ class CudaOps:
         # Few tokens by the kernels, more by torch. Raise ValueError on a wrong shape, dtype, device or memory layout.
         self.linear, self.mlp, self.mixture = self._ffn.linear, self._ffn.mlp, self._ffn.mixture
         self._step: DecodeBatch | None = None
+
+    def make_batch(self, cache: KvCache, positions: Tensor, attends: Tensor, rotary: Rotary) -> DecodeBatch:
+        """See Ops.make_batch. Raises ValueError on a wrong dtype, device, memory layout, or another model's angles."""
+        kernel = self._kernels.get("batch")
+        if kernel is None or kernel.params["factor"] != rotary.factor:
+            raise ValueError(f"no kernel makes a batch with angles times {rotary.factor}")
+        rows, width = len(positions), cache.table.shape[1]
+        expect_shape("attends", attends, (rows,))
+        table = cache.table[:rows]
+        self._expect("int64", positions=positions, attends=attends)
+        self._expect("int32", page_table=table)
+        self._expect("float32", frequencies=rotary.frequencies)
+
+        def empty(dtype: torch.dtype, *size: int) -> Tensor:
+            return torch.empty(rows, *size, dtype=dtype, device=self.device)
+
+        angles = self.shape.rope_dim // 2
+        cos, sin = empty(torch.float32, angles), empty(torch.float32, angles)
+        lengths, owned, slots = empty(torch.int32), empty(torch.uint8), empty(torch.int64)
+        pointers = (cos, sin, lengths, owned, slots, positions, attends, table, rotary.frequencies)
+        self._loaded[kernel.name].launch((rows, 1, 1), *map(address, pointers), width, cache.cp, cache.cp_rank)
+        return DecodeBatch(cos=cos, sin=sin, page_table=table, lengths=lengths, owned=owned, slots=slots)
 
     def begin_step(self, batch: DecodeBatch) -> None:
         """See Ops.begin_step. Raises ValueError on a wrong dtype, device or memory layout."""

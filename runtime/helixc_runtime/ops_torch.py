@@ -6,13 +6,15 @@ multiplied by zero: unused memory may hold NaN.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ffn_shape import FfnShape
 from helixc_runtime.models.layers import gated_mlp, linear, mix, rms_norm
-from helixc_runtime.models.rotary import rotate
+from helixc_runtime.models.rotary import Rotary, rotate
 from helixc_runtime.ops import DecodeBatch, GatedMlp, LayerCache, Mixture, MlaProjections, Norm, Partial, Projections
 from helixc_runtime.quantize import dequantize, quantize
 from helixc_runtime.shape_checks import (
@@ -25,6 +27,9 @@ from helixc_runtime.shape_checks import (
     check_mlp,
 )
 
+if TYPE_CHECKING:
+    from helixc_runtime.kv import KvCache
+
 
 class TorchOps:
     """Ops for one rank's `shape`, on any device and any floating dtype; `shape.dtype` is not enforced.
@@ -34,6 +39,10 @@ class TorchOps:
 
     def __init__(self, shape: AttentionShape, ffn: FfnShape | None = None) -> None:
         self.shape, self.ffn = shape, ffn
+
+    def make_batch(self, cache: KvCache, positions: Tensor, attends: Tensor, rotary: Rotary) -> DecodeBatch:
+        """See Ops.make_batch."""
+        return cache.batch(positions.clamp(min=0), (positions >= 0) & (attends == 1), rotary)
 
     def begin_step(self, batch: DecodeBatch) -> None:
         """See Ops.begin_step: there is nothing to prepare."""

@@ -195,10 +195,8 @@ class DecodeStep:
 
     def _compute(self, size: int, draws: bool) -> StepResult | None:
         control = self._control[:, :size]
-        active = control[_Field.position] >= 0
-        position = control[_Field.position].clamp(min=0)
-        attends = active & (control[_Field.attends] == 1)
-        batch = self.cache.batch(position, attends, self.rotary)
+        position = control[_Field.position]
+        batch = self.ops.make_batch(self.cache, position, control[_Field.attends], self.rotary)
         hidden = self.decoder.decode(control[_Field.token], self.cache.layers, batch, self.rotary, self.ops)
         if not self.decoder.is_last:
             return None
@@ -206,13 +204,14 @@ class DecodeStep:
         tokens = self._chosen(logits, control, position) if draws else logits.argmax(-1)
         if self.feeds_itself:
             control[_Field.token].copy_(tokens)
-            control[_Field.position].add_(active)
+            position.add_(position >= 0)
         return StepResult(tokens, logits)
 
     def _chosen(self, logits: Tensor, control: Tensor, position: Tensor) -> Tensor:
         """What each row's request draws, [size] int64."""
         temperature, top_p = (control[field].view(torch.float64) for field in (_Field.temperature, _Field.top_p))
-        return sample_rows(logits, Choices(temperature, top_p, control[_Field.seed], position + 1))
+        position = position.clamp(min=0) + 1
+        return sample_rows(logits, Choices(temperature, top_p, control[_Field.seed], position))
 
 
 def padded_sizes(rows: int) -> list[int]:

@@ -13,7 +13,7 @@ import pytest
 
 from helixc.codegen.build import Cubin, compile_all, render_all
 from helixc.codegen.nvrtc import CompileError, Nvrtc, NvrtcMissing
-from helixc.codegen.problem import KernelSpec, attention, exchange, ffn, problems, reduce
+from helixc.codegen.problem import KernelSpec, attention, batch, exchange, ffn, problems, reduce
 from helixc.codegen.render import KernelSource
 from helixc.codegen.template_root import template_root
 from tests.gpu.ffn_cases import QWEN3, V3, V3_LITE
@@ -63,6 +63,9 @@ ATTENTION = [
     gqa(8, 2, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
     gqa(8, 2, 128, 64, query_tokens=4),
     gqa(5, 1, 64, 16, query_tokens=3),
+    gqa(64, 8, 128, 64, query_tokens=4),
+    gqa(32, 1, 128, 64, kv_dtype="float8_e4m3fn"),
+    gqa(21, 1, 64, 64, query_tokens=4),
     gqa(13, 1, 72, 64, "float16", kv_dtype="float8_e4m3fn", query_tokens=3),
 ]
 
@@ -90,6 +93,7 @@ def _specs() -> tuple[KernelSpec, ...]:
             exchange(gqa(64, 8, 128, 64, "float32"), 4, arch),
             *(reduce(n, 7168, 1e-6, "bfloat16", arch) for n in (1, 2, 8)),
             reduce(2, 2048, 1e-5, "float16", arch),
+            batch(gqa(8, 1, 128, 32), 1.25, arch),
         )
     )
     few = (s for arch in ARCHES for shape in FFNS for s in ffn(shape, 16, arch))

@@ -129,6 +129,15 @@ class CpuKernel:
             raise KernelFault(f"{self._name}: {fault.decode()}")
 
 
+_empty = torch.empty
+
+
+def _poisoned(*size: int, **options: Any) -> torch.Tensor:
+    """torch.empty: what is not written shall not be what happened to be there."""
+    made = _empty(*size, **options)
+    return made.fill_(torch.nan if made.is_floating_point() else 85)
+
+
 def cpu_ops(
     shape: AttentionShape,
     cp: int,
@@ -155,8 +164,7 @@ def cpu_ops(
     properties = types.SimpleNamespace(multi_processor_count=gpu.processors)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setitem(sys.modules, "cuda.bindings", types.SimpleNamespace(driver=_Driver))
-    empty = torch.empty  # what is not written shall not be what happened to be there
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty", _poisoned)
     specs = problems(shape, cp, arch)
     if only_append:
         specs = tuple(spec for spec in specs if spec.template == "append")
@@ -184,8 +192,7 @@ def cpu_ffn(
 ) -> CudaFfn:
     """CudaFfn whose kernels run on the CPU, as cpu_ops."""
     monkeypatch.setattr(CpuKernel, "gpu", gpu, raising=False)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty", _poisoned)
     kernels, loaded = [], {}
     for source in render_all(ffn(shape, max_rows, "sm_90a"), root or template_root()):
         planned = source.config.planned()

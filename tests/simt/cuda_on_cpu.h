@@ -25,6 +25,10 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 
+inline void sincospif(float x, float* sine, float* cosine) {
+  *sine = float(std::sin(M_PI * x)), *cosine = float(std::cos(M_PI * x));
+}
+
 inline void __syncthreads() { simt::block_barrier(0, simt::kAllThreads); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   simt::meet("__syncwarp", mask, nullptr, [](const simt::Lanes&) {});

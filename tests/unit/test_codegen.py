@@ -40,7 +40,8 @@ def test_names_say_what_a_kernel_is_specialised_on() -> None:
     [
         (mla(16, 32), True),
         (mla(128, 64), True),
-        (mla(24, 32), False),  # heads
+        (mla(24, 32), True),
+        (mla(12, 32), False),  # heads are fetched by eights
         (mla(64, 16), False),  # pages shorter than a copy's box
         (mla(64, 32, "float16"), False),
         (gqa(64, 8, 128, 64), True),
@@ -53,13 +54,13 @@ def test_names_say_what_a_kernel_is_specialised_on() -> None:
         (mla(128, 64, query_tokens=4), True),
         (mla(64, 32, query_tokens=5), False),
         (gqa(8, 1, 128, 64, query_tokens=2), True),
-        (gqa(8, 1, 128, 64, query_tokens=3), False),  # 24 queries a KV head
+        (gqa(8, 1, 128, 64, query_tokens=3), True),  # 24 queries a KV head, in two shares
         (mla(64, 32, kv_dtype="float8_e4m3fn"), True),
         (mla(16, 64, kv_dtype="float8_e4m3fn", query_tokens=3), True),
         (mla(64, 32, "float16", kv_dtype="float8_e4m3fn"), False),
         (gqa(8, 1, 128, 64, kv_dtype="float8_e4m3fn"), True),
         (gqa(4, 1, 64, 16, kv_dtype="float8_e4m3fn", query_tokens=4), True),
-        (gqa(8, 1, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=3), False),
+        (gqa(8, 1, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=3), True),
         (gqa(8, 1, 128, 192, kv_dtype="float8_e4m3fn"), False),  # no tile of 128 tokens is filled by it
         (gqa(8, 1, 128, 64, "float16", kv_dtype="float8_e4m3fn"), False),
     ],
@@ -171,14 +172,15 @@ def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     specs = select(plan, ("sm_90a", "sm_100a"))
     hopper, other = (names_for((arch,), model, ranks[1], generation, 32) for arch in ("sm_90a", "sm_100a"))
     append, combine = "append_gqa_h16_kv4_d64_r64_b32_bf16", "combine_cp2_p64_bf16"
-    sends = ("exchange_cp2_h8_p64_bf16", "reduce_n1_d512_bf16", "reduce_n4_d512_bf16")
-    ffn = (*(f"linear_w{team}_n8" for team in (1, 2, 4, 8)), "gate_up_d512_i1024_n8", "down_d512_i1024_n8")
-    assert hopper == (append, "gqa_schedule_h16_kv4_d64_b32", "gqa_partial_h16_kv4_d64_b32", combine, *sends, *ffn)
-    assert other == (append, "partial_gqa_h16_kv4_d64_b32_bf16", "merge_p64_bf16", combine, *sends, *ffn)
+    sends = ("batch_r64_b32", "exchange_cp2_h8_p64_bf16", "reduce_n1_d512_bf16", "reduce_n4_d512_bf16")
+    of_ffn = (*(f"linear_w{team}_n8" for team in (1, 2, 4, 8)), "gate_up_d512_i1024_n8", "down_d512_i1024_n8")
+    rest = (combine, *sends, *of_ffn)
+    assert hopper == (append, "gqa_schedule_h16_kv4_d64_b32", "gqa_partial_h16_kv4_d64_b32", *rest)
+    assert other == (append, "partial_gqa_h16_kv4_d64_b32_bf16", "merge_p64_bf16", *rest)
     both = names_for(("sm_90a", "sm_100a"), model, ranks[1], generation, 32)
     assert both == (*hopper, *other[1:3])
     apart = replace(generation, exchange="collective", reduce_rows=0)
-    assert names_for(("sm_90a",), model, ranks[1], apart, 32) == (*hopper[:4], sends[1], *ffn)
+    assert names_for(("sm_90a",), model, ranks[1], apart, 32) == (*hopper[:4], sends[0], sends[2], *of_ffn)
     assert [s.name for s in specs] == [*hopper, *other]
     assert names_for(("sm_90a",), model, ranks[0], context, 32) == ()
     planned = configure(specs[2]).planned()

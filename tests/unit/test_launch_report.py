@@ -14,7 +14,8 @@ import numpy
 import pytest
 
 from helixc.launch.driver import Launch, run
-from helixc.launch.launch_plan import Host, plan_launch, runtime_pythonpath
+from helixc.launch.failures import first_cause, reported
+from helixc.launch.launch_plan import Host, Process, plan_launch, runtime_pythonpath
 from helixc.launch.metrics import percentile, summarize
 from helixc.launch.options import LaunchOptions
 from helixc.launch.progress import Progress
@@ -22,6 +23,7 @@ from helixc.launch.prompts import Prompt
 from helixc.launch.record import Record, Verdict
 from helixc.launch.report import milliseconds, table, verdict_text, verified
 from helixc.launch.stream import printable
+from helixc_runtime.comm import PeerTimeout
 from helixc_runtime.events import Event, parse
 from helixc_runtime.job import Difference, Job, Request
 from helixc_runtime.manifest import to_json
@@ -49,6 +51,8 @@ def test_ttft_counts_from_the_instances_readiness_and_ttl_leaves_the_handoff_out
     for request, (rank, first) in enumerate(((0, 6.5), (2, 10.0))):
         record.observe(Event("prefilled", rank, first, {"request": request, "token": 40}))
         record.observe(Event("handoff", rank, first, {"request": request, "bytes": 1000 + request}))
+        for receiver, seconds in ((4, 0.25), (5, 0.5 + request)):
+            record.observe(Event("received", receiver, 30.5, {"request": request, "seconds": seconds}))
     for time in (31.0, 31.1, 31.4):
         record.observe(Event("token", 4, time, {"request": 0, "token": 41}))
     record.observe(Event("finished", 4, 31.4, {"request": 0, "reason": "stop"}))
@@ -67,10 +71,10 @@ def test_ttft_counts_from_the_instances_readiness_and_ttl_leaves_the_handoff_out
     assert second["ttl_p50_s"] is None and second["token_ids"] == [40] and second["text"] is None
     metrics = found["metrics"]
     assert metrics.pop("ttl_p50_s") == pytest.approx(0.2) and metrics.pop("ttl_p99_s") == pytest.approx(0.298)
-    assert metrics == {"handoff_bytes": 2001, "kv_tokens_per_rank": {"4": 9, "5": 8}}
+    assert metrics == {"handoff_bytes": 2001, "handoff_s": 2.0, "kv_tokens_per_rank": {"4": 9, "5": 8}}
     assert found["verify"] is None
     printed = table(summary, record)
-    assert "KV handed over: 2,001 bytes" in printed and "rank 4: 9, rank 5: 8" in printed
+    assert "KV handed over: 2,001 bytes in 2000 ms" in printed and "rank 4: 9, rank 5: 8" in printed
     assert printed.splitlines()[1].split() == ["0", "3", "4", "stop", "500", "ms", "200", "ms", "298", "ms"]
 
 
@@ -256,3 +260,13 @@ def test_a_failing_rank_gives_exit_1_and_one_message(tmp_path: Path, capfd: pyte
     assert run(launch, LaunchOptions()) == 1
     _, err = capfd.readouterr()
     assert err.count("error: ") == 1 and "exited with code 1" in err and "FileNotFoundError" in err
+
+
+def test_a_wait_in_vain_is_the_cause_only_alone() -> None:
+    """A rank whose kernel gave up waiting for a peer says less than what became of that peer."""
+    waiting, failing = (Process(name, name, (), {}, "log") for name in ("rank 0", "rank 1"))
+    error = PeerTimeout("rank 0 waited 60 s for rank 1 in vain: layer 3 FFN, decode step 7")
+    waited = reported(waiting, f"{type(error).__name__}: {error}", 1.0)
+    failed = reported(failing, "ValueError: weights of layer 7 are missing", 2.0)
+    assert first_cause([waited, failed]) is failed
+    assert first_cause([waited]) is waited

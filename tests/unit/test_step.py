@@ -190,6 +190,9 @@ class _Nothing:
     def __init__(self, shape: AttentionShape, ffn: FfnShape) -> None:
         self.shape, self.ffn = shape, ffn
 
+    def make_batch(self, cache: KvCache, positions: Tensor, attends: Tensor, rotary: Rotary) -> DecodeBatch:
+        return TorchOps.make_batch(TorchOps(self.shape), cache, positions, attends, rotary)
+
     def begin_step(self, batch: DecodeBatch) -> None:
         pass
 
