@@ -208,6 +208,7 @@ def ffn(result: dict[str, Any]) -> str:
 Repeat with `python bench/ffn.py`. One rank's share of one layer in a CUDA graph, weights and tokens rotated past the
 L2; medians, torch interleaved. The floor is the bytes of the weights that the tokens touch, at the
 {result["copy_bandwidth"]:g} TB/s that torch's copy reached in the same run; reading alone can be faster than copying.
+{result.get("note", "")}
 """
     sections = [_section("FFN and projections of few tokens", text, (), [])]
     for op, title in (

@@ -150,7 +150,7 @@ def _random_pages(
     pages = max(1, _ELEMENTS_AT_ONCE // (math.prod(stored.shape[1:]) * shape.head_dim))
     made = [_some_random_pages(shape, some, generator) for some in stored.split(pages)]
     elements, scales, original = zip(*made, strict=True)
-    return torch.cat(elements), torch.cat(scales) if shape.scale_groups else None, torch.cat(original)
+    return torch.cat(elements), torch.cat(scales) if shape.scale_bytes else None, torch.cat(original)
 
 
 def _some_random_pages(
