@@ -42,8 +42,8 @@ golden: $(VENV)/.installed-dev ## rewrite the expected plans, kernels and output
 fuzz: $(VENV)/.installed-dev ## 100,000 mutated deployment files through the checker; FILES=N for another number
 	nice $(BIN)/python -m tests.fuzz --files $(or $(FILES),100000)
 
-gpu-test: ## the tests that need a GPU, with $(PYTHON)'s own packages
-	PYTHONPATH=.:runtime $(PYTHON) -m pytest -m gpu tests/gpu
+gpu-test: ## the tests that need a GPU, with $(PYTHON)'s own packages; eight at a time if pytest-xdist is there
+	PYTHONPATH=.:runtime $(PYTHON) -m pytest -m gpu tests/gpu $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses 8)
 
 bench: ## what needs a GPU in bench/, with $(PYTHON)'s own packages; then make bench-report
 	$(PYTHON) bench/launch.py

@@ -28,10 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runtime")]
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bench.gpu_timing import L2_BYTES, READ, compiled, earlier_rows, first_gpu, machine, medians  # noqa: E402
+from bench.gpu_timing import L2_BYTES, READ, READ_ARGUMENTS, compiled, earlier_rows, first_gpu, machine, medians  # noqa: E402
 from bench.peers import Attention, Peer, Problem, peers  # noqa: E402
 from helixc.codegen.build import compile_all, render_all  # noqa: E402
 from helixc.codegen.problem import problems  # noqa: E402
+from helixc_runtime.attend_cuda import address  # noqa: E402
 from helixc_runtime.attention_shape import AttentionShape  # noqa: E402
 from helixc_runtime.cubin import LoadedKernel, device_arch  # noqa: E402
 from helixc_runtime.ops import DecodeBatch, LayerCache, Ops  # noqa: E402
@@ -126,12 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found, failures = peers(), []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        reader = compiled(READ, "read_pages", ("pointer", "pointer", "int32", "int32", "pointer"), 512, folder)
+        reader = compiled(READ, "read_pages", READ_ARGUMENTS, 512, folder, early=True)
         bench = Bench(folder, device, found, reader)
         parts = options.only.split(",")
         result: dict[str, Any] = machine()
-        result["versions"] |= {peer.name: peer.version for peer in found}
         result["rows"] = [row for row in earlier_rows(options.out, result) if part_of(row) not in parts]
+        kept = json.loads(options.out.read_text())["peers"] if result["rows"] else {}
+        result["peers"] = kept | {part: {peer.name: peer.version for peer in found} for part in parts}
         for part in parts:
             start = time.monotonic()
             for shape, cases in PARTS[part]:
@@ -304,14 +306,12 @@ def read(problem: Problem, reader: LoadedKernel) -> Attention:
     cache, sink = problem.cache, torch.zeros(1, dtype=torch.int32, device=problem.q.device)
     pages = [-(-length // BLOCK) for length in problem.lengths]
     tables = [torch.cat([t[row, :n] for row, n in enumerate(pages)]).contiguous() for t in problem.tables]
-    tensors = [t for t in (cache.k, cache.v, cache.k_scale, cache.v_scale) if t is not None]
+    tensors = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+    vectors = [0 if t is None else t[0].numel() * t.element_size() // 16 for t in tensors]
+    grid = (4 * torch.cuda.get_device_properties(sink.device).multi_processor_count, 1, 1)
 
     def launch(i: int) -> Tensor:
-        for tensor in tensors:
-            vectors = tensor[0].numel() * tensor.element_size() // 16
-            grid = (min(len(tables[i]), 4 * 132), 1, 1)
-            table = tables[i].data_ptr()
-            reader.launch(grid, tensor.data_ptr(), table, len(tables[i]), vectors, sink.data_ptr())
+        reader.launch(grid, *map(address, (*tensors, tables[i], sink)), *vectors, len(tables[i]))
         return sink
 
     return launch

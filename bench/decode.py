@@ -2,7 +2,7 @@
 
 Each model is planned and compiled twice, as `gen tp1 cp2` and as `gen tp2`, and run by two processes through the
 engine's own decode loop, on random weights and a KV pool of random numbers, pages in random order: nothing is
-prefilled. TTL is the median time between two steps of that loop. The time of the captured graph alone is measured by
+prefilled. TTL is the median time between two steps of that loop. What the GPU takes for each of them is measured by
 events; the difference is host time that the GPU waits for. The floor is the bytes that a rank must read, its weights
 (of the experts as many as the batch is expected to choose) and its KV, at the speed of torch's copy in the same run.
 
@@ -23,11 +23,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "runtime")]
@@ -47,13 +47,14 @@ from helixc_runtime.job import Job, Request  # noqa: E402
 from helixc_runtime.kv import KvCache, pages_needed  # noqa: E402
 from helixc_runtime.manifest import DTYPE_BYTES, ModelArch, Plan, Rank, local_length  # noqa: E402
 from helixc_runtime.scheduler import Scheduler, new_row  # noqa: E402
+from helixc_runtime.step import DecodeStep, RowInput, StepResult  # noqa: E402
 from tests.deployments import role, spec  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "decode.json"
 K, M = 1024, 1 << 20
 BLOCK = 64
 POOL_BYTES = 80e9  # what a rank's KV may take; a layout whose share of a case is larger does not fit
-WARM_STEPS, STEPS, REPLAYS, PROFILED = 8, 48, 24, 4
+WARM_STEPS, STEPS, PROFILED = 8, 48, 4
 MOST_KERNELS = 45  # of a profile
 DEADLINE_S = 240.0  # for one model
 LAYOUTS = {"tp1 cp2": role(cp=2), "tp2": role(tp=2)}
@@ -107,7 +108,7 @@ class Measured:
     """One case in one layout, on the slower rank. Times in microseconds."""
 
     ttl: float
-    graph: float  # of the captured step alone
+    device: float  # of the step alone
     floor_bytes: float
 
 
@@ -166,8 +167,8 @@ def measure(name: str, study: Study, folder: Path, on_gpu: bool, profile: bool) 
             "floor_us": round(floor_us, 1),
             "floor_share": round(floor_us / helix.ttl, 3),
             "tp2_floor_us": plain and round(plain.floor_bytes / bandwidth * 1e6, 1),
-            "host_us": round(helix.ttl - helix.graph, 1),
-            "tp2_host_us": plain and round(plain.ttl - plain.graph, 1),
+            "host_us": round(helix.ttl - helix.device, 1),
+            "tp2_host_us": plain and round(plain.ttl - plain.device, 1),
             "vllm_us": vllm_us,
             "kv_capacity_ratio": round(capacity(plans[HELIX]) / capacity(plans[PLAIN]), 3),
         }
@@ -225,8 +226,13 @@ def planned(study: Study, layout: str, artifact: Path, on_gpu: bool) -> Plan:
 
 
 def total(tokens: int) -> int:
-    """The tokens that a row starts with, and those of all steps and replays."""
-    return tokens + 1 + WARM_STEPS + STEPS + PROFILED + REPLAYS
+    """The tokens that a row starts with, and those of all steps."""
+    return tokens + generated()
+
+
+def generated() -> int:
+    """The tokens of a row: the first is not a step's."""
+    return 1 + WARM_STEPS + STEPS + PROFILED
 
 
 def fitting(study: Study, arch: ModelArch, layout: str) -> list[tuple[int, int]]:
@@ -320,14 +326,14 @@ def run_layout(
     plan, own, instance = artifact.plan, artifact.plan.ranks[rank], artifact.plan.instances[0]
     cases = fitting(study, plan.model.arch, directory.name)
     requests = [
-        Request(index, (0,) * tokens, 1 + WARM_STEPS + STEPS + PROFILED, 0.0, 1.0, 0, True)
+        Request(index, (0,) * tokens, generated(), 0.0, 1.0, 0, True)
         for index, (batch, tokens) in enumerate((batch, tokens) for batch, tokens in cases for _ in range(batch))
     ]
     job = Job(str(directory), None, "cuda" if device.type == "cuda" else "cpu", tuple(requests), False, 60.0, 1)
     with Path(os.devnull).open("wb") as silent:
         emit = Emitter(silent.fileno(), rank)
         connection = connect(plan, own, device, timedelta(seconds=DEADLINE_S))
-        decoder = load_decoder(plan, own, make_comm(artifact, own, connection, device), device, emit)
+        decoder = load_decoder(plan, own, make_comm(artifact, own, connection, device, job.deadline_s), device, emit)
         session = Session(job, plan, own, instance, decoder, connection, directory, emit)
         width = pages_needed(instance.max_seq_len, study.block, instance.cp)
         cache = KvCache(plan.model, own, study.block, instance.max_batch_size, width, device)
@@ -363,31 +369,53 @@ def say(rank: int, text: str) -> None:
         print(text, flush=True)
 
 
+class Timed:
+    """A DecodeStep that notes how long the device takes for each step, without waiting for it."""
+
+    def __init__(self, step: DecodeStep) -> None:
+        self._step, self._on_gpu = step, step.decoder.device.type == "cuda"
+        self._marks: list[tuple[Any, Any]] = []
+
+    def assign(self, rows: Sequence[RowInput]) -> None:
+        self._step.assign(rows)
+
+    def __call__(self) -> StepResult | None:
+        start = self._now()
+        result = self._step()
+        self._marks.append((start, self._now()))
+        return result
+
+    def median_us(self) -> float:
+        """Of all steps so far."""
+        if not self._on_gpu:
+            return statistics.median(end - start for start, end in self._marks) * 1e6
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in self._marks) * 1e3
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
 def measure_case(generation: Generation, read: float, profile: bool) -> tuple[Measured, str]:
     """Time the rows that `generation` has, until they end; `read`: see floor_bytes. And the profile, if wanted."""
     for _ in range(WARM_STEPS):
         generation.advance()
+    step, timed = generation.step, Timed(generation.step)
+    generation.step = cast(DecodeStep, timed)
     times = [time.perf_counter()]
     for _ in range(STEPS):
         generation.advance()
         times.append(time.perf_counter())
+    generation.step = step
     ttl = statistics.median(after - before for before, after in itertools.pairwise(times)) * 1e6
     kernels = profiled(generation) if profile else ""
     while generation.rows:
         generation.advance()
-    captured = generation.step._graphs.get((generation.step._size, False))
-    return Measured(ttl, graph_us(captured[0].replay) if captured else ttl, read), kernels
-
-
-def graph_us(replay: Callable[[], object]) -> float:
-    """Median time on the GPU of replays enqueued back to back."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        replay()
-        mark.record()
-    torch.cuda.synchronize()
-    return statistics.median(before.elapsed_time(after) for before, after in itertools.pairwise(marks)) * 1e3
+    return Measured(ttl, timed.median_us(), read), kernels
 
 
 def profiled(generation: Generation) -> str:

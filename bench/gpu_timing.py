@@ -18,24 +18,38 @@ Launch = Callable[[int], object]  # enqueues the kernels of the i-th of several 
 REPLAYS = 9
 L2_BYTES = 50 << 20  # of the largest GPU of compute capability 9.0
 EMPTY = 'extern "C" __global__ void empty() {}'
-# A plain read of pages: what the memory can do.
+# A plain read of pages, of up to four tensors (so many 16-byte vectors a page, 0: not there): what the memory can do.
+# Launches overlap, as those of attention do; only the last words of each wait for the launch before.
 READ = """
 extern "C" __global__ void __launch_bounds__(512)
-read_pages(const uint4* pages, const int* table, int count, int vectors, unsigned* sink) {
-  unsigned all = 0;
-  for (int i = blockIdx.x; i < count; i += gridDim.x) {
-    const uint4* page = pages + (long long)table[i] * vectors;
-#pragma unroll 8
-    for (int v = threadIdx.x; v < vectors; v += 512) {
-      uint4 x;
+read_pages(const uint4* a, const uint4* b, const uint4* c, const uint4* d, const int* table, unsigned* sink, int in_a,
+           int in_b, int in_c, int in_d, int pages) {
+  asm volatile("griddepcontrol.launch_dependents;");
+  const unsigned ab = in_a + in_b, abc = ab + in_c, all = abc + in_d, end = unsigned(pages) * all;
+  unsigned sum = 0;
+  for (unsigned first = blockIdx.x * 4096 + threadIdx.x; first < end; first += gridDim.x * 4096) {
+    uint4 x[8];
+    unsigned page[8], at[8];  // the last words are read several times
+#pragma unroll
+    for (int i = 0; i < 8; ++i) at[i] = min(first + i * 512, end - 1), page[i] = table[at[i] / all];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const unsigned v = at[i] % all;
+      const uint4* of = v < in_a ? a : v < ab ? b : v < abc ? c : d;
+      const unsigned begin = v < in_a ? 0 : v < ab ? in_a : v < abc ? ab : abc;
+      const unsigned count = v < in_a ? in_a : v < ab ? in_b : v < abc ? in_c : in_d;
       asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(page + v));
-      all ^= x.x ^ x.y ^ x.z ^ x.w;
+                   : "=r"(x[i].x), "=r"(x[i].y), "=r"(x[i].z), "=r"(x[i].w)
+                   : "l"(of + (unsigned long long)page[i] * count + (v - begin)));
     }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sum ^= x[i].x ^ x[i].y ^ x[i].z ^ x[i].w;
   }
-  if (all == 0x12345678) *sink = all;
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (sum == 0x12345678) *sink = sum;
 }
 """
+READ_ARGUMENTS = ("pointer",) * 6 + ("int32",) * 5
 
 
 def medians(runs: Mapping[str, Launch], sets: int, launches: int) -> dict[str, float]:
@@ -91,8 +105,10 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / (times["copy"] * 1e-6)
 
 
-def compiled(text: str, name: str, arguments: tuple[str, ...], threads: int, folder: Path) -> LoadedKernel:
-    """A kernel of the bench's own."""
+def compiled(
+    text: str, name: str, arguments: tuple[str, ...], threads: int, folder: Path, early: bool = False
+) -> LoadedKernel:
+    """A kernel of the bench's own; `early`: see LoadedKernel."""
     from cuda.bindings import nvrtc
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -104,7 +120,7 @@ def compiled(text: str, name: str, arguments: tuple[str, ...], threads: int, fol
     nvrtc.nvrtcGetCUBIN(program, cubin)
     path = folder / f"{name}.cubin"
     path.write_bytes(cubin)
-    return LoadedKernel(path, name, arguments, threads, device)
+    return LoadedKernel(path, name, arguments, threads, device, early=early)
 
 
 def empty_kernel(folder: Path) -> LoadedKernel:

@@ -36,6 +36,7 @@ def page(results: Path) -> str:
         "steps": steps,
         "exchange": exchange,
         "decode": decode,
+        "ffn": ffn,
         "launch": launch,
         "compiler": compiler,
         "launches": launches,
@@ -54,30 +55,29 @@ def compiler(result: dict[str, Any]) -> str:
 
 def attention(result: dict[str, Any]) -> str:
     """Our kernels against the best peer, row by row."""
-    absent = "" if "flashmla" in result["versions"] else " (FlashMLA could not in this run)"
-    sdpa = "\ntorch sdpa is torch's flash attention with LSE, on contiguous K and V instead of pages."
     text = f"""Machine: {_machine(result)}.
-Repeat with `python bench/attention.py`. FlashInfer and FlashMLA count when they can be imported{absent}.
+Repeat with `python bench/attention.py`. FlashInfer and FlashMLA count when they can be imported; torch sdpa is torch's
+flash attention with LSE, on contiguous K and V instead of pages. Each table is of one run.
 One layer's attention, partial and merge, pages of {BLOCK} tokens in random order, launches back to back in a CUDA
-graph; medians, peers interleaved. "Read" is a plain read of the same pages, not overlapped with its neighbours as ours
-is: ours can come out under it. Schedules are not in the times.{sdpa if "torch sdpa" in result["versions"] else ""}
+graph; medians, peers interleaved. "Read" is a plain read of the same pages, its launches overlapped as ours are.
+Schedules are not in the times.
 """
     sections = [_section("Decode attention", text, (), [])]
-    for title, wanted in (
-        ("MLA, latent 512 + rope 64, bfloat16", ("mla", "bfloat16", False)),
-        ("GQA, head_dim 128, bfloat16, (query heads, KV heads)", ("gqa", "bfloat16", False)),
-        ("MLA, FP8 cache against the same values in bfloat16", ("mla", "float8_e4m3fn", False)),
-        ("GQA, FP8 cache against the same values in bfloat16", ("gqa", "float8_e4m3fn", False)),
-        ("MLA, several query tokens a row, bfloat16", ("mla", "bfloat16", True)),
-        ("GQA, several query tokens a row, bfloat16", ("gqa", "bfloat16", True)),
+    for title, wanted, part in (
+        ("MLA, latent 512 + rope 64, bfloat16", ("mla", "bfloat16", False), "mla"),
+        ("GQA, head_dim 128, bfloat16, (query heads, KV heads)", ("gqa", "bfloat16", False), "gqa"),
+        ("MLA, FP8 cache against the same values in bfloat16", ("mla", "float8_e4m3fn", False), "fp8"),
+        ("GQA, FP8 cache against the same values in bfloat16", ("gqa", "float8_e4m3fn", False), "fp8"),
+        ("MLA, several query tokens a row, bfloat16", ("mla", "bfloat16", True), "queries"),
+        ("GQA, several query tokens a row, bfloat16", ("gqa", "bfloat16", True), "queries"),
     ):
         chosen = [row for row in result["rows"] if wanted == (row["op"], row["dtype"], row.get("query_tokens", 1) > 1)]
         if chosen:
-            sections.append(_attention_table(title, chosen))
+            sections.append(_attention_table(title, chosen, result["peers"][part]))
     return "\n".join(sections)
 
 
-def _attention_table(title: str, chosen: Sequence[dict[str, Any]]) -> str:
+def _attention_table(title: str, chosen: Sequence[dict[str, Any]], peers: dict[str, str]) -> str:
     rows = [
         (
             row["case"],
@@ -95,6 +95,8 @@ def _attention_table(title: str, chosen: Sequence[dict[str, Any]]) -> str:
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
         below = sum(ratio < 1 for ratio in ratios)
         note = f"Geometric mean of the ratios: {mean:.2f}. Rows where the peer is faster: {below} of {len(ratios)}.\n"
+        if any(row["peer"] in peers for row in chosen):
+            note += f"Peers: {', '.join(f'{name} {version}' for name, version in peers.items())}.\n"
     head = ("rows x tokens", "ours, us", "best peer, us", "peer / ours", "read, us", "TFLOP/s")
     return _section(title, note, head, rows, level=3)
 
@@ -170,7 +172,8 @@ def decode(result: dict[str, Any]) -> str:
 Repeat with `python bench/decode.py`. TTL of `gen tp1 cp2` and of `gen tp2` in the engine's own loop, random weights,
 the KV pool filled with random numbers, pages in random order; medians. Models that name their layers are cut to them.
 The floor is what a rank must read, weights (experts: as many as the batch is expected to choose) and KV, at the speed
-of torch's copy in the same run. Host is what a step takes longer than its captured graph.
+of torch's copy in the same run. Host is how much longer a step takes than the GPU works on it.
+{result.get("note", "")}
 """
     sections = [_section("Whole decode steps on two GPUs", text, (), [])]
     for model in dict.fromkeys(row["model"] for row in result["rows"]):
@@ -196,6 +199,37 @@ of torch's copy in the same run. Host is what a step takes longer than its captu
             head = (*head, "vLLM, us", "vLLM / cp2")
             note += VLLM
         sections.append(_section(f"{model}, {chosen[0]['layers']} layers", note, head, rows, level=3))
+    return "\n".join(sections)
+
+
+def ffn(result: dict[str, Any]) -> str:
+    """FFN and projections of few tokens against torch's own."""
+    text = f"""Machine: {_machine(result)}.
+Repeat with `python bench/ffn.py`. One rank's share of one layer in a CUDA graph, weights and tokens rotated past the
+L2; medians, torch interleaved. The floor is the bytes of the weights that the tokens touch, at the
+{result["copy_bandwidth"]:g} TB/s that torch's copy reached in the same run; reading alone can be faster than copying.
+"""
+    sections = [_section("FFN and projections of few tokens", text, (), [])]
+    for op, title in (
+        ("mixture", "Mixture of experts: router, top-k, experts, shared experts, sum"),
+        ("mlp", "Dense gated MLP"),
+        ("linear", "Projections"),
+    ):
+        rows = [
+            (
+                row["case"],
+                f"{row['ours_us']:.2f}",
+                f"{row['torch_us']:.2f}",
+                f"{row['ratio']:.2f}",
+                f"{row['floor_us']:.2f}",
+                f"{row['share']:.0%}",
+            )
+            for row in result["rows"]
+            if row["op"] == op
+        ]
+        if rows:
+            head = ("case", "ours, us", "torch, us", "torch / ours", "floor, us", "share")
+            sections.append(_section(title, "", head, rows, level=3))
     return "\n".join(sections)
 
 

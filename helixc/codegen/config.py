@@ -151,7 +151,10 @@ def _gqa_partial(spec: KernelSpec) -> KernelConfig:
     stage = 2 * tile * token_bytes + 16 + (2 * tile if fp8 else 0)
     used = stages * stage + 2 * 4 * columns * 4 + 64 + 3072 + 16  # GqaShared, gqa_tile.cuh
     shared = -(-used // 1024) * 1024
-    return KernelConfig(spec, threads=160, token_tile=tile, stages=stages, overlap="old_tokens", dynamic_shared=shared)
+    cluster = 2 if int(params["shares"]) % 2 == 0 else 1
+    return KernelConfig(
+        spec, 160, token_tile=tile, stages=stages, cluster=cluster, overlap="old_tokens", dynamic_shared=shared
+    )
 
 
 def _gqa_tile(spec: KernelSpec) -> int:

@@ -185,19 +185,19 @@ def _row_tokens(shape: AttentionShape) -> int:
 
 
 def _gqa_share(shape: AttentionShape) -> tuple[int, int]:
-    """Query tokens and heads of a group that one thread block serves, divisors of all: as many as its products take."""
-    heads = _largest_divisor(shape.group, _MOST_QUERIES)
-    return _largest_divisor(shape.query_tokens, _MOST_QUERIES // heads), heads
+    """Query tokens and heads of a group that one thread block serves: as many as its products take.
+
+    The last share of tokens may be smaller; those of heads are not.
+    """
+    heads = max(n for n in range(1, _MOST_QUERIES + 1) if shape.group % n == 0)
+    shares = -(-shape.query_tokens // (_MOST_QUERIES // heads))
+    return -(-shape.query_tokens // shares), heads
 
 
 def _gqa_shares(shape: AttentionShape) -> int:
     """Thread blocks that read the same tokens."""
     tokens, heads = _gqa_share(shape)
-    return shape.group * shape.query_tokens // (tokens * heads)
-
-
-def _largest_divisor(number: int, most: int) -> int:
-    return max(n for n in range(1, most + 1) if number % n == 0)
+    return shape.group // heads * -(-shape.query_tokens // tokens)
 
 
 def _gqa_schedule(shape: AttentionShape, arch: str) -> KernelSpec:
@@ -217,7 +217,8 @@ def _gqa_partial(shape: AttentionShape, arch: str) -> KernelSpec:
 
 def _gqa_queries(shape: AttentionShape) -> Params:
     tokens, heads = _gqa_share(shape)
-    return ("query_tokens", shape.query_tokens), ("share_tokens", tokens), ("share_heads", heads)
+    share: Params = (("share_tokens", tokens), ("share_heads", heads), ("shares", _gqa_shares(shape)))
+    return ("query_tokens", shape.query_tokens), *share
 
 
 def _gqa_dims(shape: AttentionShape) -> str:

@@ -25,7 +25,7 @@ class Roofline:
 def roofline(plan: Plan, kernel: Kernel, gpu: str | None) -> Roofline | None:
     """The roofline of a kernel of `plan` on `gpu` (None: its architecture's usual one).
 
-    None for kernels whose work is not a function of batch and length: schedules, and merges of splits.
+    None for kernels whose work is not a function of batch and length: schedules, merges of splits, projections.
     """
     rank = next(rank for rank in plan.ranks if kernel.name in rank.kernels)
     name = gpu or _OF_ARCH[kernel.arch]
@@ -46,6 +46,21 @@ def _sends(kernel: Kernel) -> bool:
     return kernel.template == "exchange" or int(kernel.params.get("members", 1)) > 1
 
 
+def _ffn_work(kernel: Kernel, rows: int) -> tuple[int, int]:
+    """Of as many rows as the kernel takes; each draws its experts at random, which are read once for all rows."""
+    params = {name: int(value) for name, value in kernel.params.items() if not isinstance(value, str)}
+    hidden, experts = params["hidden"], params["experts"]
+    if kernel.template == "router":
+        return 2 * experts * hidden, 2 * rows * experts * hidden
+    rows = min(rows, 8 * params["eights"])
+    share = params["top_k"] / experts if experts else 0.0  # of the experts, that a row draws
+    active = round(params["local_experts"] * (1 - (1 - share) ** rows))
+    matrices = hidden * (2 if kernel.template == "gate_up" else 1)
+    read = params["always_columns"] + active * params["expert_columns"]
+    used = params["always_columns"] + round(share * params["local_experts"]) * params["expert_columns"]
+    return 2 * matrices * read, 2 * rows * matrices * used
+
+
 def _work(plan: Plan, instance: Instance, rank: Rank, kernel: Kernel) -> tuple[int, int] | None:
     """(bytes, operations) of one launch."""
     arch, rows = plan.model.arch, instance.max_batch_size
@@ -62,6 +77,8 @@ def _work(plan: Plan, instance: Instance, rank: Rank, kernel: Kernel) -> tuple[i
         others = int(kernel.params["members"]) - 1
         summed = min(rows, instance.reduce_rows) if others else rows
         return (others or 4) * summed * arch.hidden_size * size, 0  # alone: two read, two written
+    if kernel.template in ("router", "gate_up", "down"):
+        return _ffn_work(kernel, rows)
     if kernel.template not in ("partial", "mla_partial", "mla_fp8_partial", "gqa_partial"):
         return None
     tokens = rows * local_length(instance.max_seq_len, plan.tokens_per_block, instance.cp, rank.cp_rank)

@@ -27,11 +27,15 @@ class RequestResult:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """Of all requests together. TTL in seconds, over every decode step."""
+    """Of all requests together. TTL in seconds, over every decode step.
+
+    `handoff_s`: seconds that receiving the prompts' KV took, the slowest rank's of each request, added up.
+    """
 
     ttl_p50_s: float | None
     ttl_p99_s: float | None
     handoff_bytes: int
+    handoff_s: float
     kv_tokens_per_rank: dict[int, int]
 
 
@@ -56,7 +60,11 @@ def summarize(plan: Plan, requests: Sequence[Request], record: Record, texts: Se
     """The summary of `record`; `texts` holds the decoded text of each request."""
     steps = [gap for r in record.requests for gap in decode_gaps(r)]
     metrics = Metrics(
-        percentile(steps, 50), percentile(steps, 99), record.handoff_bytes, dict(sorted(record.kv_tokens.items()))
+        ttl_p50_s=percentile(steps, 50),
+        ttl_p99_s=percentile(steps, 99),
+        handoff_bytes=record.handoff_bytes,
+        handoff_s=sum(record.handoff_s.values()),
+        kv_tokens_per_rank=dict(sorted(record.kv_tokens.items())),
     )
     results = tuple(
         RequestResult(

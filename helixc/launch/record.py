@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -35,6 +36,7 @@ class Record:
         self.requests = [RequestRecord() for _ in range(requests)]
         self.ready_at: dict[int, float] = {}  # rank -> seconds
         self.handoff_bytes = 0
+        self.handoff_s: dict[int, float] = defaultdict(float)  # request -> until the last rank had its K/V
         self.kv_tokens: dict[int, int] = {}  # rank -> tokens stored over the job
         self.verdict: Verdict | None = None
 
@@ -54,6 +56,8 @@ class Record:
                 self.requests[data["request"]].finish_reason = data["reason"]
             case "handoff":
                 self.handoff_bytes += data["bytes"]
+            case "received":
+                self.handoff_s[data["request"]] = max(self.handoff_s[data["request"]], data["seconds"])
             case "kv_tokens":
                 self.kv_tokens[event.rank] = data["tokens"]
             case "verify":

@@ -30,7 +30,8 @@ def table(summary: Summary, record: Record) -> str:
     kv = ", ".join(f"rank {rank}: {tokens}" for rank, tokens in metrics.kv_tokens_per_rank.items())
     overall = f"TTL p50 {milliseconds(metrics.ttl_p50_s)}, p99 {milliseconds(metrics.ttl_p99_s)} over all requests"
     lines = [*aligned([_HEAD, *rows]), "", overall]
-    lines += [f"KV handed over: {metrics.handoff_bytes:,} bytes", f"KV tokens stored: {kv or 'none reported'}"]
+    moved = f"{metrics.handoff_bytes:,} bytes in {milliseconds(metrics.handoff_s)}"
+    lines += [f"KV handed over: {moved}", f"KV tokens stored: {kv or 'none reported'}"]
     return "\n".join(lines) + "\n"
 
 

@@ -196,13 +196,12 @@ class HopperGqa:
         kernel, self.partial = chosen["gqa_partial"]
         self.schedule = chosen["gqa_schedule"][1]
         self.shape, self.tile = shape, int(kernel.params["token_tile"])
-        queries = int(kernel.params["share_heads"]) * int(kernel.params["share_tokens"])
-        shares = shape.group * shape.query_tokens // queries
+        share_heads, share_tokens, shares = (int(kernel.params[f"share{part}"]) for part in ("_heads", "_tokens", "s"))
         self.workers = max(1, processors // shares)
         self.blocks = self.workers * shares
         self.plan = torch.zeros(self.workers, self.SCHEDULE_WORDS, dtype=torch.int32, device=device)
         # Parts to merge; the kernel leaves them as it found them, full of -0.0.
-        size = (2 * self.blocks, queries)
+        size = (2 * self.blocks, share_heads * share_tokens)
         self.part_o = torch.full((*size, shape.head_dim), -0.0, device=device)
         self.part_lse = torch.full((*size, shape.head_dim // 4), -0.0, device=device)
         self.maps = TensorMaps()

@@ -315,7 +315,7 @@ class Generation:
             row = new_row(request, self._free_slot(), token)
             if self.session.attends(request):
                 self.cache.reserve(row)
-                receive(self.session.plan, self.session.rank, request, row, self.cache, self.transport)
+                self._receive(request, row)
             self.join(row)
 
     def _decide(self, found: list[int]) -> list[int]:
@@ -328,6 +328,12 @@ class Generation:
                 "the ranks of a stage must compute the same logits, bit by bit"
             )
         return decided
+
+    def _receive(self, request: Request, row: Row) -> None:
+        """The prompt's KV into the row's pages; the time holds the wait for a sender that is not done."""
+        start = time.monotonic()
+        receive(self.session.plan, self.session.rank, request, row, self.cache, self.transport)
+        self.session.emit.emit("received", request=request.index, seconds=time.monotonic() - start)
 
     def _free_slot(self) -> int:
         """The lowest, so that steps are padded little."""

@@ -23,7 +23,7 @@ QWEN3 = Moe((1,), 128, 8, 768, 0, "softmax", False, 1, 1, "max", True, 1.0)
 
 
 def ffn(
-    moe: Moe | None, hidden: int, columns: int = 0, shared: int = 0, dense: int = 0, experts: Range | None = None
+    moe: Moe | None, hidden: int, columns: int = 0, shared: int = 0, dense: int = 0, *, experts: Range | None = None
 ) -> FfnShape:
     """A rank with these local widths, and all experts unless told otherwise."""
     own = (experts or (0, moe.experts)) if moe else None
@@ -34,7 +34,7 @@ def ffn(
 
 @dataclass(frozen=True)
 class FfnCase:
-    """One call of Ops.mixture. `columns` of an expert are zeros beyond the first `used`, as weights.py pads them."""
+    """One call of Ops.mixture."""
 
     shape: FfnShape
     x: Tensor

@@ -63,6 +63,9 @@ APPEND_SHAPES = {
 }
 
 
+_ELEMENTS_AT_ONCE = 1 << 25
+
+
 @dataclass(frozen=True)
 class Case:
     """One decode step of one layer. Everything a kernel must not read is NaN, and the scale of such a token garbage."""
@@ -140,7 +143,19 @@ def random_cache(shape: AttentionShape, stored: Tensor, generator: torch.Generat
 def _random_pages(
     shape: AttentionShape, stored: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Elements [*stored, D], scales (of FP8) and the unquantised elements, for `stored` of any shape."""
+    """Elements [*stored, D], scales (of FP8) and the unquantised elements, for `stored` of any shape.
+
+    Some pages at a time: float32 copies of all would fill a GPU that other tests use as well.
+    """
+    pages = max(1, _ELEMENTS_AT_ONCE // (math.prod(stored.shape[1:]) * shape.head_dim))
+    made = [_some_random_pages(shape, some, generator) for some in stored.split(pages)]
+    elements, scales, original = zip(*made, strict=True)
+    return torch.cat(elements), torch.cat(scales) if shape.scale_groups else None, torch.cat(original)
+
+
+def _some_random_pages(
+    shape: AttentionShape, stored: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor | None, Tensor]:
     dtype: torch.dtype = getattr(torch, shape.dtype)
     device, unused = generator.device, ~stored.unsqueeze(-1)
     original = torch.randn(*stored.shape, shape.head_dim, generator=generator, device=device)
@@ -167,6 +182,25 @@ def to_double(cache: LayerCache) -> LayerCache:
     """A float64 copy, for the oracle; an FP8 cache is dequantised, exactly, and has no scales any more."""
     v = None if cache.v is None else _double(cache.v, cache.v_scale)
     return LayerCache(_double(cache.k, cache.k_scale), v)
+
+
+def attend_in_double(shape: AttentionShape, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Partial:
+    """The oracle's attend, KV head by KV head: a float64 copy of a whole cache can fill a GPU."""
+    one = replace(shape, heads=shape.group, kv_heads=1)
+    parts = [
+        TorchOps(one).attend(heads.double(), to_double(_of_kv_head(shape, cache, i)), batch)
+        for i, heads in enumerate(q.split(shape.group, dim=1))
+    ]
+    return Partial(torch.cat([part.o for part in parts], dim=1), torch.cat([part.lse for part in parts], dim=1))
+
+
+def _of_kv_head(shape: AttentionShape, cache: LayerCache, head: int) -> LayerCache:
+    if shape.is_mla:
+        return cache
+    tensors = (cache.k, cache.v, cache.k_scale, cache.v_scale)
+    k, *others = (None if tensor is None else tensor[:, head : head + 1] for tensor in tensors)
+    assert k is not None
+    return LayerCache(k, *others)
 
 
 def _double(elements: Tensor, scales: Tensor | None) -> Tensor:

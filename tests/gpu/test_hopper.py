@@ -17,7 +17,16 @@ from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
 from helixc_runtime.ops_cuda import CudaOps
 from helixc_runtime.ops_torch import TorchOps
 from tests.gpu.append_cases import random_projections
-from tests.gpu.kernel_cases import check_partial, gqa, mla, moved, random_cache, random_case, to_double
+from tests.gpu.kernel_cases import (
+    attend_in_double,
+    check_partial,
+    gqa,
+    mla,
+    moved,
+    random_cache,
+    random_case,
+    to_double,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,6 +64,12 @@ SHAPES = {
     "gqa 8,2 t4": gqa(8, 2, 128, 64, query_tokens=4),
     "gqa 16,4 t2": gqa(16, 4, 128, 64, query_tokens=2),
     "gqa 5,1 d64 b16 t3": gqa(5, 1, 64, 16, query_tokens=3),
+    "gqa 64,8 t4, 2 shares": gqa(64, 8, 128, 64, query_tokens=4),
+    "gqa 64,8 t3, 2 shares": gqa(64, 8, 128, 64, query_tokens=3),
+    "gqa 32,1, 2 shares": gqa(32, 1, 128, 64),
+    "gqa 40,2 d64 b16 t3, 6 shares": gqa(40, 2, 64, 16, query_tokens=3),
+    "gqa 8,1 fp8 t4, 2 shares": gqa(8, 1, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
+    "gqa 21,1 d64 fp8 t4, 6 shares": gqa(21, 1, 64, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
     "gqa 64,8 fp8": gqa(64, 8, 128, 64, kv_dtype="float8_e4m3fn"),
     "gqa 16,1 fp8": gqa(16, 1, 128, 64, kv_dtype="float8_e4m3fn"),
     "gqa 10,2 d64 b16 fp8": gqa(10, 2, 64, 16, kv_dtype="float8_e4m3fn"),
@@ -74,6 +89,7 @@ ONE_OF_EACH = [  # of the kernels
     gqa(8, 2, 128, 64, query_tokens=4),
     gqa(64, 8, 128, 64, kv_dtype="float8_e4m3fn"),
     gqa(8, 2, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
+    gqa(21, 1, 64, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
 ]
 LENGTHS = {
     "hostile": [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 0, 1009],
@@ -102,15 +118,19 @@ def random_pages(
 ) -> tuple[LayerCache, DecodeBatch]:
     """Shuffled pages of random K and V; every token beyond a row's length, and every unused page, is poisoned.
 
-    `lengths` are those of each row's last query token; one before sees as many, or one token less than its next.
+    `lengths` are those of each row's last query token; one before sees as many, or one token less than its next. Beyond
+    a row's own pages its page table has unused ones, which rows share.
     """
     rows, width = len(lengths), max(1, -(-max(lengths) // shape.block)) + 1
-    pages = rows * width + spare
-    table = torch.randperm(pages, generator=generator, device=DEVICE)[: rows * width].view(rows, width)
     limit = torch.tensor(lengths, device=DEVICE)
-    used = torch.arange(width * shape.block, device=DEVICE) < limit.unsqueeze(1)  # [rows, tokens]
-    valid = torch.zeros(pages, shape.block, dtype=torch.bool, device=DEVICE)
-    valid[table.flatten()] = used.view(-1, shape.block)
+    used = (torch.arange(width * shape.block, device=DEVICE) < limit.unsqueeze(1)).view(rows, width, shape.block)
+    own = used.any(dim=2)  # [rows, width]
+    count = int(own.sum())
+    order = torch.randperm(count + spare, generator=generator, device=DEVICE)
+    table = order[count + torch.randint(0, spare, (rows, width), generator=generator, device=DEVICE)]
+    table[own] = order[:count]
+    valid = torch.zeros(count + spare, shape.block, dtype=torch.bool, device=DEVICE)
+    valid[table[own]] = used[own]
     cache, _ = random_cache(shape, valid, generator)
     steps = torch.randint(0, 2, (rows, shape.query_tokens), generator=generator, device=DEVICE)
     bounds = (limit.unsqueeze(1) - steps.sum(1, keepdim=True) + steps.cumsum(1)).clamp_min(0)
@@ -130,7 +150,7 @@ def test_against_the_oracle(shape: AttentionShape, lengths: list[int], folder: P
     cache, batch = random_pages(shape, lengths, generator)
     q, ops = random_queries(shape, len(lengths), generator), make_ops(shape, folder)
     first = ops.attend(q, cache, batch)
-    check_partial(first, TorchOps(shape).attend(q.double(), to_double(cache), batch), BOUND)
+    check_partial(first, attend_in_double(shape, q, cache, batch), BOUND)
     second = ops.attend(q, cache, batch)
     assert torch.equal(first.o, second.o) and torch.equal(first.lse, second.lse), "two runs differ"
 

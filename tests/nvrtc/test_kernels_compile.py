@@ -13,9 +13,11 @@ import pytest
 
 from helixc.codegen.build import Cubin, compile_all, render_all
 from helixc.codegen.nvrtc import CompileError, Nvrtc, NvrtcMissing
-from helixc.codegen.problem import KernelSpec, attention, batch, exchange, problems, reduce
+from helixc.codegen.problem import KernelSpec, attention, batch, exchange, ffn, problems, reduce
 from helixc.codegen.render import KernelSource
 from helixc.codegen.template_root import template_root
+from tests.gpu.ffn_cases import QWEN3, V2, V3, V3_LITE
+from tests.gpu.ffn_cases import ffn as mixture_of
 from tests.gpu.kernel_cases import gqa, mla
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="needs helixc[nvrtc]")
@@ -61,7 +63,17 @@ ATTENTION = [
     gqa(8, 2, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
     gqa(8, 2, 128, 64, query_tokens=4),
     gqa(5, 1, 64, 16, query_tokens=3),
+    gqa(64, 8, 128, 64, query_tokens=4),
+    gqa(32, 1, 128, 64, kv_dtype="float8_e4m3fn"),
+    gqa(21, 1, 64, 64, query_tokens=4),
     gqa(13, 1, 72, 64, "float16", kv_dtype="float8_e4m3fn", query_tokens=3),
+]
+
+FFNS = [
+    mixture_of(V3_LITE, 2048, 704, 1408, 5472),
+    mixture_of(V3, 7168, 2048, 128, experts=(0, 256)),
+    mixture_of(V2, 5120, 192, 384, experts=(40, 60)),
+    mixture_of(QWEN3, 4096, 768),
 ]
 
 
@@ -85,7 +97,8 @@ def _specs() -> tuple[KernelSpec, ...]:
             batch(gqa(8, 1, 128, 32), 1.25, arch),
         )
     )
-    return tuple(dict.fromkeys((*whole, *appends, *attends, *groups)))
+    few = (s for arch in ARCHES for shape in FFNS for s in ffn(shape, 16, arch))
+    return tuple(dict.fromkeys((*whole, *appends, *attends, *groups, *few)))
 
 
 def _small() -> tuple[KernelSource, ...]:

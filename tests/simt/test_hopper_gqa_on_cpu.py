@@ -37,6 +37,7 @@ SHAPES = {
     "8,1 d128 b64 4 tokens": gqa(8, 1, 128, 64, query_tokens=4),
     "16,2 d64 b64 4 tokens": gqa(16, 2, 64, 64, query_tokens=4),
     "40,2 d64 b16": gqa(40, 2, 64, 16),
+    "8,1 d64 b64 3 tokens": gqa(8, 1, 64, 64, query_tokens=3),  # shares of two tokens and of one
     "24,1 d64 b32 2 tokens": gqa(24, 1, 64, 32, query_tokens=2),
     "fp8 32,1 d128 b64": gqa(32, 1, 128, 64, kv_dtype=FP8),
     "fp8 40,2 d64 b64 3 tokens": gqa(40, 2, 64, 64, kv_dtype=FP8, query_tokens=3),
@@ -131,16 +132,28 @@ BUGS_OF_SHARES = [
     Bug("gqa_merge", "% kHeadShares<C> * C::share_heads;", "% kHeadShares<C>;"),
     Bug("gqa_merge", "/ kHeadShares<C> * C::share_tokens;", "/ kHeadShares<C>;"),
     Bug("gqa_merge", "(plan.first + part) * kShares<C> + share_of_block<C>();", "plan.first + part;"),
-    Bug("gqa_partial", "worker_of_block<C>() * kScheduleWords", "blockIdx.x * kScheduleWords"),
-    Bug("gqa_tile", "const int token = first_token_of_share<C>() + of_share;", "const int token = of_share;"),
+    Bug("gqa_partial", "worker_of_block<C>() * kScheduleWords", "worker_of_block<C>() / 2 * kScheduleWords"),
+    Bug("gqa_tile", "int token = first_token_of_share<C>() + of_share;", "int token = of_share;"),
     Bug("gqa_partial", "C::kv_heads * C::group * C::query_tokens;", "C::kv_heads * kQueries<C>;"),
+    # Of the two blocks that share their copies.
+    Bug("gqa_partial", "Tile::warps * C::cluster", "Tile::warps"),
+    Bug(
+        "gqa_partial",
+        "if (lane < 2) barrier_arrive_cluster(shared_address(empty), u32(lane));",
+        "if (lane == 0) barrier_arrive(empty);",
+    ),
+    Bug("gqa_partial", "mine == 0 ? k_map : v_map", "k_map"),
+    Bug("gqa_partial", "pending < C::stages", "pending < 0"),
 ]
+
+BUG_OF_UNEVEN_SHARES = Bug("gqa_merge", "C::share_heads < C::query_tokens;", "C::share_heads < C::query_tokens - 1;")
 
 
 @pytest.mark.parametrize(
     ("shape", "processors", "bug"),
     [(dataclasses.replace(SMALL, heads=4, kv_heads=2), 3, bug) for bug in BUGS]
-    + [(gqa(24, 1, 64, 32, query_tokens=4), 17, bug) for bug in BUGS_OF_SHARES],
+    + [(gqa(21, 1, 64, 64, kv_dtype=FP8, query_tokens=4), 20, bug) for bug in BUGS_OF_SHARES]
+    + [(gqa(8, 1, 64, 64, query_tokens=3), 4, BUG_OF_UNEVEN_SHARES)],
     ids=str,
 )
 def test_a_bug_is_noticed(

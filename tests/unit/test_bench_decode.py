@@ -23,7 +23,7 @@ def test_a_tiny_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
     for row in rows:
         assert row["ttl_us"] > 0 and row["tp2_ttl_us"] > 0
         assert row["ratio"] == pytest.approx(row["tp2_ttl_us"] / row["ttl_us"], rel=1e-2)
-        assert row["host_us"] == 0, "nothing is captured on the CPU"
+        assert 0 < row["host_us"] < row["ttl_us"], "what the loop does beside the step"
     assert capfd.readouterr().out.count("c10d::allreduce_") == 4, "a profile for each case and layout"
 
 
@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_left_out() -> None:
 
 def test_the_slower_rank_counts() -> None:
     cases = [
-        {"batch": batch, "tokens": 7, "measured": {"ttl": ttl, "graph": ttl - 1, "floor_bytes": 3.0}}
+        {"batch": batch, "tokens": 7, "measured": {"ttl": ttl, "device": ttl - 1, "floor_bytes": 3.0}}
         for batch, ttl in ((1, 5.0), (2, 50.0), (1, 6.0))
     ]
     assert decode.of_case(cases, 1, 7) == decode.Measured(6.0, 5.0, 3.0)

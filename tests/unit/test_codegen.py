@@ -10,14 +10,19 @@ import pytest
 
 from helixc.codegen.build import render_all
 from helixc.codegen.config import configure
-from helixc.codegen.problem import attention, problems
+from helixc.codegen.problem import attention, ffn, problems
 from helixc.codegen.render import Renderer, RenderError
 from helixc.codegen.select import names_for, select
 from helixc.codegen.template_root import template_root
 from helixc_runtime.attention_shape import AttentionShape
+from helixc_runtime.ffn_shape import FfnShape
 from helixc_runtime.manifest import SCHEMA, Groups, Instance, Memory, Model, ModelArch, Plan, Rank, Role, Rope
 from tests.deployments import plan_of, role
+from tests.gpu.ffn_cases import QWEN3, V3, V3_LITE
+from tests.gpu.ffn_cases import ffn as mixture_of
 from tests.gpu.kernel_cases import gqa, mla
+
+_LITE = ("router_e64_d2048", "gate_up_d2048_i1408_e64of64k6_i704_n8", "down_d2048_i1408_e64of64k6_i704_n8")
 
 
 def test_names_say_what_a_kernel_is_specialised_on() -> None:
@@ -181,6 +186,36 @@ def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     assert names_for(("sm_90a",), model, ranks[0], context, 32) == ()
     planned = configure(specs[2]).planned()
     assert planned.params["scale"] == 0.125 and planned.cubin is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "max_rows", "names"),
+    [
+        (mixture_of(V3_LITE, 2048, 704, 1408, 5472), 8, {"gate_up_d2048_i5472_n8", "down_d2048_i5472_n8", *_LITE}),
+        (mixture_of(QWEN3, 4096, 768), 9, {"gate_up_d4096_e128of128k8_i768_n16", "down_d4096_e128of128k8_i768_n8"}),
+        (mixture_of(V3, 7168, 2048, 256, experts=(32, 64)), 1, {"gate_up_d7168_i256_e32of256k8_i2048_n8"}),
+    ],
+    ids=["dense and mixture", "none shared", "a rank's experts"],
+)
+def test_ffn_kernels(shape: FfnShape, max_rows: int, names: set[str]) -> None:
+    specs = ffn(shape, max_rows, "sm_90a")
+    found = [spec.name for spec in specs]
+    assert names <= set(found) and len(set(found)) == len(found)
+    assert {dict(spec.params).get("eights", 1) for spec in specs} == ({1, 2} if max_rows > 8 else {1})
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        replace(mixture_of(V3_LITE, 2048, 704, 1408), dtype="float32"),
+        mixture_of(V3_LITE, 2052, 704, 1408),
+        mixture_of(V3_LITE, 2048, 704, 1404),
+        mixture_of(replace(V3, experts=512), 2048, 256),
+    ],
+    ids=["dtype", "hidden", "shared columns", "too many experts"],
+)
+def test_what_torch_computes_needs_no_ffn_kernels(shape: FfnShape) -> None:
+    assert ffn(shape, 8, "sm_90a") == ()
 
 
 def test_names_are_unique() -> None:

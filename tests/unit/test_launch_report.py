@@ -51,6 +51,8 @@ def test_ttft_counts_from_the_instances_readiness_and_ttl_leaves_the_handoff_out
     for request, (rank, first) in enumerate(((0, 6.5), (2, 10.0))):
         record.observe(Event("prefilled", rank, first, {"request": request, "token": 40}))
         record.observe(Event("handoff", rank, first, {"request": request, "bytes": 1000 + request}))
+        for receiver, seconds in ((4, 0.25), (5, 0.5 + request)):
+            record.observe(Event("received", receiver, 30.5, {"request": request, "seconds": seconds}))
     for time in (31.0, 31.1, 31.4):
         record.observe(Event("token", 4, time, {"request": 0, "token": 41}))
     record.observe(Event("finished", 4, 31.4, {"request": 0, "reason": "stop"}))
@@ -69,10 +71,10 @@ def test_ttft_counts_from_the_instances_readiness_and_ttl_leaves_the_handoff_out
     assert second["ttl_p50_s"] is None and second["token_ids"] == [40] and second["text"] is None
     metrics = found["metrics"]
     assert metrics.pop("ttl_p50_s") == pytest.approx(0.2) and metrics.pop("ttl_p99_s") == pytest.approx(0.298)
-    assert metrics == {"handoff_bytes": 2001, "kv_tokens_per_rank": {"4": 9, "5": 8}}
+    assert metrics == {"handoff_bytes": 2001, "handoff_s": 2.0, "kv_tokens_per_rank": {"4": 9, "5": 8}}
     assert found["verify"] is None
     printed = table(summary, record)
-    assert "KV handed over: 2,001 bytes" in printed and "rank 4: 9, rank 5: 8" in printed
+    assert "KV handed over: 2,001 bytes in 2000 ms" in printed and "rank 4: 9, rank 5: 8" in printed
     assert printed.splitlines()[1].split() == ["0", "3", "4", "stop", "500", "ms", "200", "ms", "298", "ms"]
 
 

@@ -12,7 +12,7 @@ from tests.deployments import role, spec
 
 
 def plan_of(model: str, **generation: int | str) -> Plan:
-    deployed = spec(model, None, role(batch=1, block=64, **generation), load_format="dummy", dtype="bfloat16")
+    deployed = spec(model, None, role(**{"batch": 1, "block": 64} | generation), load_format="dummy", dtype="bfloat16")
     return make_plan(deployed, read_model(model), ("sm_90a",))
 
 
@@ -53,6 +53,21 @@ def test_an_fp8_cache_is_read_with_its_scales() -> None:
     assert read is not None and read.bytes == 131072 // 4 * 8 * 2 * (128 + 1)
     queries, computed = 2 * 32 * 128 * 2, 8 * 2 * 128 * 2  # bytes: queries in and out, k and v in
     assert written is not None and written.bytes == queries + computed + 8 * 2 * (128 + 1)
+
+
+def test_an_ffn_reads_the_experts_that_its_rows_draw() -> None:
+    """One row draws 6 of 64 experts, eight draw 1 - (58 / 64)^8 of them; each has 3 matrices of 2048 by 1408."""
+    one, eight = (plan_of("deepseek-v3-lite", max_seq_len=4096, batch=batch) for batch in (1, 8))
+    router, *first = (roofline(one, _mixture(one, name), None) for name in ("router", "gate_up", "down"))
+    assert router is not None and router.bytes == 64 * 2048 * 2
+    assert [found.bytes for found in first if found] == [n * 2048 * (2816 + 6 * 1408) * 2 for n in (2, 1)]
+    more = roofline(eight, _mixture(eight, "down"), None)
+    assert more is not None and more.bytes == 2048 * (2816 + 35 * 1408) * 2
+    assert more.operations == 2 * 8 * 2048 * (2816 + 6 * 1408)
+
+
+def _mixture(plan: Plan, template: str) -> Kernel:
+    return next(k for k in plan.kernels if k.template == template and k.params["experts"])
 
 
 def test_a_schedule_has_no_roofline() -> None:

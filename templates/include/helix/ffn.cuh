@@ -40,8 +40,9 @@ struct GateUpArguments {
 
 template <class C> struct GateUp {
   static constexpr int kColumns = kTileRows / 2;  // of a tile, gate and up each
-  static constexpr int kAlways = (C::always_columns + kColumns - 1) / kColumns;  // tiles
-  static constexpr int kEach = C::experts ? (C::expert_columns + kColumns - 1) / kColumns : 1;
+  static constexpr int kAlways = C::always_columns / kColumns;  // tiles
+  static constexpr int kEach = C::experts ? C::expert_columns / kColumns : 1;
+  static_assert(C::always_columns % kColumns == 0 && C::expert_columns % kColumns == 0, "whole tiles");
   const GateUpArguments& a;
   const RoutingFor<C>& routing;
 
@@ -53,11 +54,11 @@ template <class C> struct GateUp {
     const int lane = int(threadIdx.x) % kWarp, column = index * kUnitColumns + lane_column();
     Unit<C::eights> unit;
     if (tile < kAlways) {
-      place(unit, a.always_gate, a.always_up, tile * kColumns + lane / 4, C::always_columns, column);
+      place(unit, a.always_gate, a.always_up, tile * kColumns + lane / 4, column);
     } else if constexpr (C::experts > 0) {
       const i64 expert = i64(routing.active[(tile - kAlways) / kEach]) * C::expert_columns * C::hidden;
       const int row = (tile - kAlways) % kEach * kColumns + lane / 4;
-      place(unit, a.gate + expert, a.up + expert, row, C::expert_columns, column);
+      place(unit, a.gate + expert, a.up + expert, row, column);
     }
     unit.columns = C::hidden - column;
 #pragma unroll
@@ -68,10 +69,9 @@ template <class C> struct GateUp {
     return unit;
   }
 
-  // Row `row` of each matrix; beyond its `rows`, whose results are not stored, the last.
-  static HELIX_DEVICE void place(Unit<C::eights>& unit, const bfloat16* gate, const bfloat16* up, int row, int rows,
-                                 int column) {
-    const i64 at = i64(min(row, rows - 1)) * C::hidden + column;
+  // Row `row` of each matrix.
+  static HELIX_DEVICE void place(Unit<C::eights>& unit, const bfloat16* gate, const bfloat16* up, int row, int column) {
+    const i64 at = i64(row) * C::hidden + column;
     unit.low = gate + at;
     unit.high = up + at;
   }
@@ -79,21 +79,18 @@ template <class C> struct GateUp {
   template <class Total> HELIX_DEVICE void store(int tile, int thread, const Total& total) const {
     for (int i = thread; i < a.tokens * kColumns; i += C::team * kWarp) {
       const int token = i / kColumns, row = i % kColumns;
-      int column = tile * kColumns + row, base = C::top_k * C::expert_columns, columns = C::always_columns;
+      int column = C::top_k * C::expert_columns + tile * kColumns + row;
       float factor = 1.0f;
       if constexpr (C::experts > 0) {
         if (tile >= kAlways) {
           const int slot = routing.slots[routing.active[(tile - kAlways) / kEach]][token];
           if (slot == RoutingFor<C>::kNone) continue;
-          column = (tile - kAlways) % kEach * kColumns + row;
-          base = slot * C::expert_columns;
-          columns = C::expert_columns;
+          column = slot * C::expert_columns + (tile - kAlways) % kEach * kColumns + row;
           factor = routing.factors[token][slot];
         }
       }
-      if (column >= columns) continue;
       const float gate = total(token, row), up = total(token, row + kColumns);
-      a.activated[i64(token) * kActivated<C> + base + column] =
+      a.activated[i64(token) * kActivated<C> + column] =
           from_float<bfloat16>(factor * up * (gate / (1.0f + expf(-gate))));
     }
   }
@@ -141,7 +138,8 @@ template <class C> struct Down {
     return unit;
   }
 
-  // From `column` on, rows `row` and `row + 8` of a matrix [D, columns].
+  // From `column` on, rows `row` and `row + 8` of a matrix [D, columns]; beyond its end, whose results are not stored,
+  // the last one.
   static HELIX_DEVICE void place(Unit<C::eights>& unit, const bfloat16* weights, int row, int column, int columns) {
     unit.low = weights + i64(min(row, C::hidden - 1)) * columns + column;
     unit.high = weights + i64(min(row + 8, C::hidden - 1)) * columns + column;

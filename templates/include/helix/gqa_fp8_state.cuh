@@ -45,7 +45,7 @@ template <class C> struct GqaFp8State {
 #pragma unroll
       for (int step = 0; step < steps; ++step) {
         const bfloat16* from = query + query_offset<C>(column) * C::head_dim + step * 16;
-        words[step] = column < kQueries<C> ? *reinterpret_cast<const uint2*>(from) : uint2{0, 0};
+        words[step] = has_query<C>(column) ? *reinterpret_cast<const uint2*>(from) : uint2{0, 0};
         most = fmaxf(fmaxf(most, largest_of(words[step].x)), largest_of(words[step].y));
       }
 #pragma unroll

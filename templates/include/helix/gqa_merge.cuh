@@ -35,6 +35,13 @@ template <class C> HELIX_DEVICE i64 query_offset(int column) {
   return offset + i64(column / C::share_heads) * (C::kv_heads * C::group) + column % C::share_heads;
 }
 
+// Whether the share has this column: the last share of tokens may be smaller than the others.
+template <class C> constexpr bool kUneven = C::query_tokens % C::share_tokens != 0;
+template <class C> HELIX_DEVICE bool has_query(int column) {
+  if constexpr (!kUneven<C>) return column < kQueries<C>;
+  return column < kQueries<C> && first_token_of_share<C>() + column / C::share_heads < C::query_tokens;
+}
+
 // 1 / sum. One of several query tokens may see nothing of what the others see: its o is then 0.
 template <class C> HELIX_DEVICE float inverse_of(float sum) {
   if constexpr (C::query_tokens > 1)
@@ -215,6 +222,8 @@ HELIX_DEVICE void merge_slice(bfloat16* o, float* lse, const MergeSpace& space, 
     if (wide < threads) merge = over_warps<threads>(merge, shared, wide, thread);
     if (thread < wide && item < plan.end) {
       const int column = item / vectors, dim = item % vectors * 4;
+      if constexpr (kUneven<C>)
+        if (!has_query<C>(column)) continue;
       const i64 query = first_group<C>(plan.row, plan.kv_head) * C::group + query_offset<C>(column);
       merge.template write_result<C>(o + query * C::head_dim + dim, dim == 0 ? lse + query : nullptr);
     }

@@ -15,7 +15,8 @@ namespace helix {
 template <class C> constexpr int kQueries = C::share_heads * C::share_tokens;
 // Shares of a unit, of all heads of each token first.
 template <class C> constexpr int kHeadShares = C::group / C::share_heads;
-template <class C> constexpr int kShares = kHeadShares<C> * (C::query_tokens / C::share_tokens);
+template <class C> constexpr int kTokenShares = (C::query_tokens + C::share_tokens - 1) / C::share_tokens;
+template <class C> constexpr int kShares = kHeadShares<C> * kTokenShares<C>;
 
 // The block's part in merging one unit: it writes items [begin, end) (of 4 columns) from `count` parts. count 1: none.
 struct MergePlan {

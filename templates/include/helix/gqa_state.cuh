@@ -25,8 +25,8 @@ template <class C> struct GqaState {
 #pragma unroll
         for (int i = 0; i < 4; ++i) o[step][n][i] = 0.0f;
         const u32* words = reinterpret_cast<const u32*>(query + query_offset<C>(column) * C::head_dim + step * 16);
-        q[step][n].x[0] = column < kQueries<C> ? words[lane % 4] : 0;
-        q[step][n].x[1] = column < kQueries<C> ? words[lane % 4 + 4] : 0;
+        q[step][n].x[0] = has_query<C>(column) ? words[lane % 4] : 0;
+        q[step][n].x[1] = has_query<C>(column) ? words[lane % 4 + 4] : 0;
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) largest[n][i] = nothing(), sum[n][i] = 0.0f;

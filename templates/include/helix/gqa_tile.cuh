@@ -91,7 +91,8 @@ template <class C> struct GqaBounds {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int of_share = min((n * 8 + lane % 4 * 2 + i) / C::share_heads, C::share_tokens - 1);
-        const int token = first_token_of_share<C>() + of_share;
+        int token = first_token_of_share<C>() + of_share;
+        if constexpr (kUneven<C>) token = min(token, C::query_tokens - 1);
         behind[n][i] = length - args.lengths[row * C::query_tokens + token];
       }
   }

@@ -46,6 +46,9 @@ HELIX_DEVICE void barrier_arrive_cluster(u32 barrier, u32 rank) {
       : "memory");
 }
 
+// What this thread has seen and written comes before what threads of the cluster do after its next arrival.
+HELIX_DEVICE void fence_cluster() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
+
 HELIX_DEVICE bool barrier_try(u32 barrier, u32 parity) {
   u32 done;
   asm volatile(
@@ -122,6 +125,11 @@ HELIX_DEVICE void copy_4d_multicast(u32 to, const TensorMap* map, u32 barrier, i
       ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(to), "l"(map), "r"(barrier), "r"(x0), "r"(x1),
       "r"(x2), "r"(x3), "h"(ranks), "l"(policy)
       : "memory");
+}
+
+// A 4D box to a variable in the shared memory of both blocks of a cluster.
+HELIX_DEVICE void copy_box_to_both(void* to, const TensorMap* map, u64* barrier, int x, int y, int z, int w) {
+  copy_4d_multicast(shared_address(to), map, shared_address(barrier), x, y, z, w, kEvictFirst, 3);
 }
 
 HELIX_DEVICE void copy_5d(u32 to, const TensorMap* map, u32 barrier, int x0, int x1, int x2, int x3, int x4,

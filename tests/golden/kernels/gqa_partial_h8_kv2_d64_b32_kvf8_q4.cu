@@ -5,7 +5,7 @@
 struct Config {
   static constexpr int kv_heads = 2, group = 4, head_dim = 64, block = 32;
   static constexpr int query_tokens = 4, share_tokens = 4, share_heads = 4;
-  static constexpr int tile = 128, stages = 8;
+  static constexpr int tile = 128, stages = 8, cluster = 1;
   static constexpr bool fp8 = true;
   static constexpr float scale = 0.125f;
   static constexpr helix::Overlap overlap = helix::Overlap::old_tokens;
@@ -14,7 +14,13 @@ struct Config {
 static_assert(sizeof(helix::GqaShared<Config>) <= 137216, "the launch gives too little shared memory");
 static_assert(helix::GqaTile<Config>::threads + helix::kWarp == 160, "four warps compute, one copies");
 
-extern "C" __global__ void __launch_bounds__(160, 1)
+#if 1 > 1
+#define CLUSTER_DIMS __cluster_dims__(1, 1, 1)
+#else
+#define CLUSTER_DIMS
+#endif
+
+extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(160, 1)
 gqa_partial_h8_kv2_d64_b32_kvf8_q4(const __grid_constant__ helix::TensorMap k, const __grid_constant__ helix::TensorMap v, helix::bfloat16* o,
            float* lse, float* part_o, float* part_lse, const helix::bfloat16* q, const int* page_table,
            const int* lengths, const int* schedule, int rows, int max_pages, const helix::u8* k_scale,

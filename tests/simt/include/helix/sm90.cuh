@@ -68,6 +68,10 @@ HELIX_DEVICE void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier, u6
   simt::copy_bulk(to, from, bytes, barrier);
 }
 
+HELIX_DEVICE void copy_box_to_both(void* to, const TensorMap* map, u64* barrier, int x, int y, int z, int w) {
+  copy_4d_multicast(shared_address(to), map, shared_address(barrier), x, y, z, w, kEvictFirst, 3);
+}
+
 HELIX_DEVICE u32 opaque(u32 x) { return x; }
 
 HELIX_DEVICE void wgmma_begin() { simt::wgmma_fence(); }
@@ -78,6 +82,7 @@ template <int kRegisters> HELIX_DEVICE void registers_grow() {}
 template <int kRegisters> HELIX_DEVICE void registers_shrink() {}
 
 HELIX_DEVICE u32 cluster_rank() { return simt::cluster_rank(); }
+HELIX_DEVICE void fence_cluster() {}
 HELIX_DEVICE void cluster_barrier() { simt::cluster_barrier(); }
 
 // Launches run one after another.
