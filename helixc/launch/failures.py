@@ -17,8 +17,8 @@ _TAIL_BYTES = 16384
 # What gloo, NCCL, torch's store and our own kernels' waits say when another process of the group is gone.
 _LOST_PEER = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|socket (timeout|closed)|remote process exit|ncclRemoteError"
-    r"|^PeerTimeout|peer (is |was )?(gone|lost|closed)|timed out|wait timeout|failed to recv|recvValue|sendBytes"
-    r"|recvBytes",
+    r"|peer (is |was )?(gone|lost|closed)|timed out|wait timeout|failed to recv|recvValue|sendBytes|recvBytes"
+    r"|^PeerTimeout",
     re.IGNORECASE,
 )
 

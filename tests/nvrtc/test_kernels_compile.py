@@ -16,7 +16,7 @@ from helixc.codegen.nvrtc import CompileError, Nvrtc, NvrtcMissing
 from helixc.codegen.problem import KernelSpec, attention, batch, exchange, ffn, problems, reduce
 from helixc.codegen.render import KernelSource
 from helixc.codegen.template_root import template_root
-from tests.gpu.ffn_cases import QWEN3, V2, V3, V3_LITE
+from tests.gpu.ffn_cases import QWEN3, V3, V3_LITE
 from tests.gpu.ffn_cases import ffn as mixture_of
 from tests.gpu.kernel_cases import gqa, mla
 
@@ -72,7 +72,6 @@ ATTENTION = [
 FFNS = [
     mixture_of(V3_LITE, 2048, 704, 1408, 5472),
     mixture_of(V3, 7168, 2048, 128, experts=(0, 256)),
-    mixture_of(V2, 5120, 192, 384, experts=(40, 60)),
     mixture_of(QWEN3, 4096, 768),
 ]
 

@@ -149,6 +149,7 @@ def cpu_ops(
     only_append: bool = False,
     idle: Collection[str] = (),
     more: Sequence[KernelSpec] = (),
+    ffn_shape: FfnShape | None = None,
 ) -> ops_cuda.CudaOps:
     """CudaOps whose kernels for `arch` run on the CPU, from the templates at `root`, for `processors` multiprocessors.
 
@@ -179,7 +180,7 @@ def cpu_ops(
         link.unlink(missing_ok=True)
         link.symlink_to(library)
         kernels.append(dataclasses.replace(planned, cubin=library.name))
-    return ops_cuda.CudaOps(shape, kernels, folder, torch.device("cpu"))
+    return ops_cuda.CudaOps(shape, kernels, folder, torch.device("cpu"), ffn_shape)
 
 
 def cpu_ffn(

@@ -123,7 +123,7 @@ BUGS = [
     Bug("gqa_partial", "to + C::tile, args.v_scale", "to, args.v_scale"),
     Bug("gqa_tile", "behind[n][i] = length - args.lengths[row * C::query_tokens + token]", "behind[n][i] = 0"),
     Bug("gqa_merge", "if (sum == 0.0f) return 0.0f;", ""),
-    Bug("gqa_merge", "(C::kv_heads * C::group) + column % C::group", "C::group + column % C::group"),
+    Bug("gqa_merge", "(C::kv_heads * C::group) + column % C::share_heads", "C::group + column % C::share_heads"),
     Bug("work_split", "C::query_tokens + C::query_tokens - 1]", "C::query_tokens]"),
 ]  # fmt: skip
 

@@ -13,9 +13,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench import attention, gpu_timing, launch, peers, steps
+from bench import attention, ffn, gpu_timing, launch, peers, steps
+from helixc_runtime.ffn_cuda import CudaFfn
 from helixc_runtime.ops import DecodeBatch, LayerCache, Partial, Projections
 from helixc_runtime.ops_torch import TorchOps
+from tests.gpu.ffn_cases import V3_LITE
+from tests.gpu.ffn_cases import ffn as mixture_of
 from tests.gpu.kernel_cases import gqa, mla
 
 CPU = torch.device("cpu")
@@ -58,10 +61,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     no_work = SimpleNamespace(launch=lambda grid, *values: None)
-    for module in (attention, steps, launch):
+    for module in (attention, ffn, steps, launch):
         monkeypatch.setattr(module, "first_gpu", lambda: CPU)
         if hasattr(module, "compiled"):
-            monkeypatch.setattr(module, "compiled", lambda *arguments: no_work)
+            monkeypatch.setattr(module, "compiled", lambda *arguments, **options: no_work)
         if hasattr(module, "empty_kernel"):
             monkeypatch.setattr(module, "empty_kernel", lambda folder: no_work)
         if hasattr(module, "BLOCK"):
@@ -72,7 +75,15 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "L2_BYTES", 1)
     monkeypatch.setattr(attention, "MOST_LAUNCHES", 2)
     monkeypatch.setattr(steps, "make_ops", lambda bench, shape, cp: TorchOps(shape))
-    monkeypatch.setattr(steps, "copy_bandwidth", lambda device: 3e12)
+    for module in (ffn, steps):
+        monkeypatch.setattr(module, "copy_bandwidth", lambda device: 3e12)
+    monkeypatch.setattr(ffn, "make_ffn", lambda shape, folder, device: CudaFfn(shape, [], {}, 1, device))
+    for name, value in {"ROWS": (1, 4), "LEAST_LAUNCHES": 2, "MOST_SETS": 2}.items():
+        monkeypatch.setattr(ffn, name, value)
+    small_moe = replace(V3_LITE, experts=8, top_k=2)
+    monkeypatch.setattr(ffn, "MIXTURES", {"a mixture": mixture_of(small_moe, 64, 16, 8, experts=(0, 4))})
+    monkeypatch.setattr(ffn, "MLPS", {"an MLP": mixture_of(None, 64, dense=24)})
+    monkeypatch.setattr(ffn, "LINEARS", {"plain": ((24, 64), "rows"), "heads": ((2, 16, 8), "columns")})
     for name, value in {"PAGES": 8, "MOST_SETS": 2, "LEAST_LAUNCHES": 2, "BATCHES": (1, 4), "RANKS": (2,)}.items():
         monkeypatch.setattr(steps, name, value)
     monkeypatch.setattr(steps, "SHAPES", [mla(4, 16), gqa(4, 2, 128, 16)])
@@ -220,6 +231,30 @@ def test_goals_of_steps(
     row |= {"ours_us": ours_us, "empty_us": 1.2, "share": share}
     assert steps.missed(row) is is_missed
     assert steps.summary([row], ["x"]).endswith("not measured: x") and ("any" in steps.summary([row], [])) is is_missed
+
+
+def test_ffn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ffn.main(["--out", str(tmp_path / "ffn.json")]) == 0
+    rows = json.loads((tmp_path / "ffn.json").read_text())["rows"]
+    assert [(row["op"], row["case"]) for row in rows] == [
+        (op, f"{name}, batch {batch}")
+        for op, name in (("mixture", "a mixture"), ("mlp", "an MLP"), ("linear", "plain"), ("linear", "heads"))
+        for batch in (1, 4)
+    ]
+    assert all(row["ours_us"] == row["torch_us"] == 500 and row["ratio"] == 1 for row in rows)
+    assert rows[2]["floor_us"] == pytest.approx(3 * 24 * 64 * 2 / 3e12 * 1e6, abs=0.005)
+    assert "torch / ours: 1.00 (geometric mean of 8)" in capsys.readouterr().out
+
+
+def test_an_ffn_that_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: object) -> CudaFfn:
+        raise ValueError("no such kernel")
+
+    monkeypatch.setattr(ffn, "make_ffn", refuse)
+    assert ffn.main(["--only", "mlp", "--out", str(tmp_path / "ffn.json")]) == 1
+    assert "mlp: ValueError: no such kernel" in capsys.readouterr().out
 
 
 def test_launch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,15 @@ def test_steps(ops: tuple[str, ...], tmp_path: Path) -> None:
     assert "`python bench/steps.py`" in page and "3.012 TB/s" in page
 
 
+@pytest.mark.parametrize("ops", [("mixture",), ("mlp", "linear")])
+def test_ffn(ops: tuple[str, ...], tmp_path: Path) -> None:
+    times = {"ours_us": 29.214, "torch_us": 161.61, "ratio": 5.53, "floor_us": 28.49, "share": 0.975}
+    write(tmp_path, "ffn", **MACHINE, copy_bandwidth=2.43, rows=[{"op": op, "case": "a case"} | times for op in ops])
+    page = report.page(tmp_path)
+    assert page.count("| a case | 29.21 | 161.61 | 5.53 | 28.49 | 98% |") == len(ops) == page.count("\n### ")
+    assert "`python bench/ffn.py`" in page and "2.43 TB/s" in page
+
+
 def test_launch(tmp_path: Path) -> None:
     rows = [{"what": "a launch", "us": 3.14, "launches": 1}, {"what": "an allocation", "us": 1.5, "launches": 0}]
     write(tmp_path, "launch", **MACHINE, host="Python 3.12.3", rows=rows)

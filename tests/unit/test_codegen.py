@@ -47,7 +47,7 @@ def test_names_say_what_a_kernel_is_specialised_on() -> None:
         (mla(64, 32, "float16"), False),
         (gqa(64, 8, 128, 64), True),
         (gqa(16, 1, 64, 16), True),
-        (gqa(17, 1, 128, 64), False),  # more heads a KV head than columns
+        (gqa(17, 1, 128, 64), False),  # no share of its heads but one head
         (gqa(8, 1, 96, 64), False),
         (gqa(8, 1, 128, 4), False),
         (gqa(8, 1, 128, 96), False),
@@ -56,6 +56,7 @@ def test_names_say_what_a_kernel_is_specialised_on() -> None:
         (mla(64, 32, query_tokens=5), False),
         (gqa(8, 1, 128, 64, query_tokens=2), True),
         (gqa(8, 1, 128, 64, query_tokens=3), True),  # 24 queries a KV head, in two shares
+        (gqa(32, 1, 128, 64, query_tokens=5), False),  # and 160
         (mla(64, 32, kv_dtype="float8_e4m3fn"), True),
         (mla(16, 64, kv_dtype="float8_e4m3fn", query_tokens=3), True),
         (mla(64, 32, "float16", kv_dtype="float8_e4m3fn"), False),
@@ -70,6 +71,26 @@ def test_hopper_kernels_where_they_serve_the_shape(shape: AttentionShape, hopper
     for arch, expected in (("sm_90a", hopper), ("sm_100a", False)):
         templates = {spec.template for spec in attention(shape, arch)}
         assert ("partial" not in templates) == expected, (arch, templates)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "share_heads", "share_tokens", "shares", "cluster"),
+    [
+        (8, 1, 8, 1, 1, 1),
+        (16, 1, 16, 1, 1, 1),
+        (8, 3, 8, 2, 2, 2),
+        (8, 4, 8, 2, 2, 2),
+        (32, 1, 16, 1, 2, 2),
+        (16, 3, 16, 1, 3, 1),
+        (21, 4, 7, 2, 6, 2),
+    ],
+)
+def test_the_queries_of_a_kv_head_are_shared_among_thread_blocks(
+    heads: int, tokens: int, share_heads: int, share_tokens: int, shares: int, cluster: int
+) -> None:
+    params = configure(attention(gqa(heads, 1, 128, 64, query_tokens=tokens), "sm_90a")[1]).params
+    got = tuple(params[name] for name in ("share_heads", "share_tokens", "shares", "cluster"))
+    assert got == (share_heads, share_tokens, shares, cluster)
 
 
 @pytest.mark.parametrize(

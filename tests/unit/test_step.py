@@ -156,6 +156,27 @@ def test_the_mixture_is_the_sum_over_its_experts(
     assert (got - want).norm() / want.norm() <= 1e-5, f"{seed=}"
 
 
+@pytest.mark.parametrize(("family", "names"), [("llama", ("q", "k", "v")), ("deepseek-v2", ("q_a", "kv_a"))])
+def test_projections_of_the_same_input_are_one_matrix(family: str, names: tuple[str, ...], tmp_path: Path) -> None:
+    """Without a copy, also once widened; and a copy where they lie apart."""
+    plan = _plan(family, tmp_path, dtype="bfloat16")
+    weights = load_weights(plan.model, plan.shards[plan.ranks[-1].shard], CPU, lambda *_: None)
+    for _ in range(2):
+        parts = [weights(name, 0) for name in names]
+        whole = weights.fused(names, 0)
+        assert torch.equal(whole, torch.cat(parts)) and whole.data_ptr() == parts[0].data_ptr()
+        weights.to_float32()
+    assert whole.dtype == torch.float32
+    apart = Weights({(name, 0): part.clone() for name, part in zip(names, parts, strict=True)})
+    assert torch.equal(apart.fused(names, 0), whole)
+
+
+def test_absorbed_queries_are_multiplied_by_rows(tmp_path: Path) -> None:
+    plan = _plan("deepseek-v3-lite", tmp_path)
+    weights = load_weights(plan.model, plan.shards[plan.ranks[-1].shard], CPU, lambda *_: None)
+    assert weights("k_up", 0).transpose(1, 2).is_contiguous()
+
+
 class _Slice(Weights):
     """The weights of a rank that has experts [lo, hi)."""
 

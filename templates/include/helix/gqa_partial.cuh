@@ -77,7 +77,7 @@ HELIX_DEVICE void copy_share(GqaShared<C>& shared, const TensorMap* k_map, const
   } while (at.next_unit<C>(args.lengths));
   if constexpr (C::cluster == 2) {  // a block must not leave while its peer still signals it
     for (int pending = 0; pending < C::stages; ++pending) {
-      barrier_wait(&shared.empty[stage], phase);
+      barrier_wait(shared.empty + stage, phase);
       if (++stage == C::stages) stage = 0, phase ^= 1;
     }
   }
