@@ -18,12 +18,13 @@ from helixc_runtime.manifest import DTYPE_BYTES, Instance, Kernel, Rank
 from helixc_runtime.ops import Norm, Ops, Partial
 from helixc_runtime.ops_cuda import load_kernel
 from helixc_runtime.peer_memory import open_inboxes
+from helixc_runtime.shape_checks import check_add_norm, expect_shape
 
 _WARP = 32
 
 
 class OneSidedComm(TorchComm):
-    """Groups with a kernel among `kernels` (templates exchange and reduce) are one-sided; the rest are collectives.
+    """What `instance` says is one-sided is done by `kernels` (templates exchange and reduce), the rest by collectives.
 
     What a step needs of the step before it, how many messages there were, lies on the GPU: a step can be captured and
     replayed. Waits for a peer end after `patience` seconds: `check` then raises, and the rank must not go on.
@@ -81,8 +82,10 @@ class OneSidedComm(TorchComm):
         params, rows = kind.kernel.params, len(partial.o)
         heads, width = int(params["out_heads"]), int(params["partial_dim"])
         kind.expect(rows, o=partial.o)
-        if partial.o.shape[1:] != (heads * kind.members, width) or not partial.lse.is_contiguous():
-            raise ValueError(f"a partial of {list(partial.o.shape)}, expected [any, {heads * kind.members}, {width}]")
+        expect_shape("o", partial.o, (rows, heads * kind.members, width))
+        expect_shape("lse", partial.lse, (rows, heads * kind.members))
+        if partial.lse.dtype != torch.float32 or not partial.lse.is_contiguous():
+            raise ValueError(f"lse is {partial.lse.dtype}, or not contiguous, expected float32")
         out = torch.empty(rows, heads, width, dtype=partial.o.dtype, device=partial.o.device)
         warps = int(params["threads"]) // _WARP
         kind.launch(-(-rows * heads // warps), (out, *partial), (rows, kind.rows), self._call("cp", what))
@@ -95,6 +98,7 @@ class OneSidedComm(TorchComm):
         if kind is None or len(x) > kind.rows:
             return super().reduce(x, residual, bias, norm, ops, what)
         params, weight = kind.kernel.params, norm.weight if norm else None
+        check_add_norm(x, residual, bias, norm)
         kind.expect(len(x), x=x, residual=residual, bias=bias, weight=weight)
         if x.shape[1:] != (params["hidden"],) or (norm and norm.eps != params["eps"]):
             raise ValueError(

@@ -248,9 +248,13 @@ def test_what_does_not_fit_is_refused(host: Host, tmp_path: Path, seed: int) -> 
     o, lse = torch.zeros(rows + 1, shape.heads, shape.partial_dim), torch.zeros(rows + 1, shape.heads)
     wrong: list[tuple[Callable[[], object], str]] = [
         (lambda: comm.exchange(Partial(o, lse), ops, ""), f"{rows + 1} rows, expected 1 to {rows}"),
-        (lambda: comm.exchange(Partial(o[:1, 1:], lse[:1, 1:]), ops, ""), "a partial of"),
+        (lambda: comm.exchange(Partial(o[:1, 1:], lse[:1]), ops, ""), r"o has shape \[1, "),
+        (lambda: comm.exchange(Partial(o[:1], lse[:1, 1:]), ops, ""), r"lse has shape \[1, "),
+        (lambda: comm.exchange(Partial(o[:1], lse[:1].double()), ops, ""), "lse is torch.float64"),
         (lambda: comm.exchange(Partial(o[:1].half(), lse[:1]), ops, ""), "o is torch.float16"),
-        (lambda: comm.reduce(x, x[:, 1:].half(), None, None, ops, ""), "residual is torch.float16"),
+        (lambda: comm.reduce(x, x.half(), None, None, ops, ""), "residual is torch.float16"),
+        (lambda: comm.reduce(x, x[:, 1:], None, None, ops, ""), "residual has shape"),
+        (lambda: comm.reduce(x, None, x[0, 1:], None, ops, ""), "bias has shape"),
         (lambda: comm.reduce(torch.zeros(1, 2 * hidden)[:, ::2], None, None, None, ops, ""), "x is not contiguous"),
         (lambda: comm.reduce(torch.zeros(1, 2 * hidden), None, None, None, ops, ""), f"is of {hidden} columns"),
         (lambda: comm.reduce(x, None, None, Norm(x[0], 0.5), ops, ""), f"columns with {EPS}"),
