@@ -204,9 +204,7 @@ def empty_cache(shape: AttentionShape, device: torch.device) -> LayerCache:
     k, *v = (torch.zeros(*size, shape.head_dim, device=device).to(dtype) for _ in range(count))
     scales: list[Tensor | None] = [None, None]
     if shape.scale_bytes:
-        scales[:count] = (
-            torch.zeros(*size, shape.scale_bytes, dtype=torch.uint8, device=device) for _ in range(count)
-        )
+        scales[:count] = (torch.zeros(*size, shape.scale_bytes, dtype=torch.uint8, device=device) for _ in range(count))
     return LayerCache(k, v[0] if v else None, *scales)
 
 
