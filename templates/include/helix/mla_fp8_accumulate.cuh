@@ -45,7 +45,8 @@ HELIX_DEVICE void mla_fp8_write(bfloat16* to, const float (&o)[4][kSums], u32 in
 // Where a segment's result goes, from this block's first query and this side's first column on.
 template <class C> HELIX_DEVICE bfloat16* mla_fp8_output(const MlaArguments& a, const Segment& segment, int side) {
   bfloat16* to = segment.whole ? a.o : a.part_o;
-  return to + (i64(segment.whole ? segment.row : segment.partial) * C::queries + head_half<C>() * 64) * 512 + side * 256;
+  const i64 row = segment.whole ? segment.row : segment.partial;
+  return to + (row * C::queries + head_half<C>() * 64) * 512 + side * 256;
 }
 
 // One warpgroup: O'[256][N] += V' P' over a segment, then O / sum to memory. `side` says which 256 columns.
@@ -91,17 +92,19 @@ template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u
       const MatrixOperand p(base + M8::p, 16, 1024);
       const u32 values = base + M8::tile(stage.index) + mine;
       const auto load = [&](int batch) {
-        return load_matrices_transposed((values + batch % 2 * (M8::kLatent / 2) + batch / 4 * 1024) ^ (batch / 2 % 2 * 64));
+        const u32 at = values + batch % 2 * (M8::kLatent / 2) + batch / 4 * 1024;
+        return load_matrices_transposed(at ^ (batch / 2 % 2 * 64));
       };
       FragmentA v[2][2], words[2] = {load(0), load(1)};
 #pragma unroll
-      for (int batch = 0; batch < 8; ++batch) {
+      for (int batch = 0; batch < 8; ++batch) {  // of 64 columns and 32 tokens
         const int chunk = batch / 2, half = batch % 2;
         mla_fp8_values(v[batch % 2], words[batch % 2]);
         wgmma_begin();
 #pragma unroll
         for (int step = 0; step < 2; ++step)
-          wgmma_m64k16_float16(o[chunk], v[batch % 2][step], p.at(half * 64 + step * 32), half + step > 0 || tile > first_tile);
+          wgmma_m64k16_float16(o[chunk], v[batch % 2][step], p.at(half * 64 + step * 32),
+                               half + step > 0 || tile > first_tile);
         wgmma_commit();
         if (batch < 6) words[batch % 2] = load(batch + 2);
         if (batch > 0) {  // the registers of the batch before may be written again

@@ -16,9 +16,9 @@
 // Cycles of a multiprocessor for a tile of 36,928 bytes, N = 64 (16): memory 2,820. Tensor cores 2,180 (540). Shared
 // memory 1,920 (1,110): 290 to write the tile, 550 to read it twice, 1,090 (270) for Q and P as the other operand.
 // Instructions of a scheduler about 1,150 (950): 750 (550) in the warp of scores, 2 x 200 in those of O'; 270 of them
-// convert, at half the rate. Measured on one H100 over 512k tokens: 3,000 for N = 16, which is memory; 3,500 for N = 64:
-// one warpgroup has the scores, 1,150 of the tensor cores' cycles when these have nothing else to do, and then 1,250 of
-// a softmax, in a chain. Roofline: memory, 577 bytes a token; the tensor cores for 128 queries.
+// convert, at half the rate. Measured on one H100 over 512k tokens: 3,000 for N = 16, which is memory, and 3,500 for
+// N = 64: one warpgroup computes, in turn, the scores, 1,150 cycles of the tensor cores if nobody else uses them, and a
+// softmax of 1,250. Roofline: memory, 577 bytes a token; the tensor cores for 128 queries.
 #pragma once
 #include "helix/mla_fp8_accumulate.cuh"
 #include "helix/mla_fp8_fetch.cuh"

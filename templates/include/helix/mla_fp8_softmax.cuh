@@ -14,9 +14,9 @@ HELIX_DEVICE float low_bfloat16(u32 pair) { return __int_as_float(int(pair << 16
 HELIX_DEVICE float high_bfloat16(u32 pair) { return __int_as_float(int(pair & 0xffff0000u)); }
 
 // Q from bfloat16 to float16, in place, times a power of two that brings each query's largest element to [2^14, 2^15):
-// what then falls below float16's normal numbers is off by 2^-39 of the largest at most. `queries`: what
-// brings a product back, to a score in units of log2, and the first reference, 0. Columns are put in the order in which K's come out of their words: of every 16,
-// first the pairs 0, 2, 4, 6, then the pairs 1, 3, 5, 7.
+// what then falls below float16's normal numbers is off by 2^-39 of the largest at most. To `queries` goes what makes a
+// product a score, in units of log2, and the first reference, 0. Columns are put in the order in which K's come out of
+// their words: of every 16, first the pairs 0, 2, 4, 6, then the pairs 1, 3, 5, 7.
 template <class C> HELIX_DEVICE void mla_fp8_convert_queries(u32 q, u32 queries) {
   constexpr int kChunks = 9;
   const u32 thread = threadIdx.x % 128, unit = thread % 8;  // eight lanes have one query, 16 bytes of each chunk
@@ -30,7 +30,8 @@ template <class C> HELIX_DEVICE void mla_fp8_convert_queries(u32 q, u32 queries)
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       part[chunk] = load_shared_vector(row + chunk * 1024);
 #pragma unroll
-      for (u32 pair : part[chunk].words) most = fmaxf(most, fmaxf(fabsf(low_bfloat16(pair)), fabsf(high_bfloat16(pair))));
+      for (u32 pair : part[chunk].words)
+        most = fmaxf(most, fmaxf(fabsf(low_bfloat16(pair)), fabsf(high_bfloat16(pair))));
     }
 #pragma unroll
     for (int distance = 1; distance < 8; distance *= 2)
@@ -46,8 +47,10 @@ template <class C> HELIX_DEVICE void mla_fp8_convert_queries(u32 q, u32 queries)
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       u32 pairs[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        pairs[i] = pack_float16(low_bfloat16(part[chunk].words[i]) * factor, high_bfloat16(part[chunk].words[i]) * factor);
+      for (int i = 0; i < 4; ++i) {
+        const u32 pair = part[chunk].words[i];
+        pairs[i] = pack_float16(low_bfloat16(pair) * factor, high_bfloat16(pair) * factor);
+      }
       // Lanes of even units keep their pairs 0 and 2 for 1 and 3 of their neighbours.
       const u32 first = __shfl_xor_sync(0xffffffffu, odd ? pairs[0] : pairs[1], 1);
       const u32 second = __shfl_xor_sync(0xffffffffu, odd ? pairs[2] : pairs[3], 1);
@@ -75,10 +78,10 @@ struct TokenScales {
   HELIX_DEVICE float exponent(int r) const { return float(int(bits_of(weight[r]) >> 23) - (127 + kLift)); }
 };
 
-// Where the tensor cores are what is short, P waits for most of the next tile's scores: O' would otherwise take turns with
-// them and then leave the tensor cores to nobody while the softmax, to which it all comes back, is computed.
+// With 64 queries P waits for most of the next tile's scores before it is passed on: O' would take turns with them on
+// the tensor cores, and leave these to nobody while the softmax is computed. Scores and softmax are the longest chain.
 template <class C> constexpr bool kHold = C::columns == 64;
-constexpr int kPassBatch = 10;  // measured: best from 10 to 14
+constexpr int kPassBatch = 10;  // measured: 10 to 14 are alike
 
 // Passes P on to the warpgroups of O', if this warp has not done so yet.
 HELIX_DEVICE void mla_fp8_pass_weights(u32 p_full, bool& pending) {
@@ -131,9 +134,10 @@ HELIX_DEVICE void mla_fp8_scores(float (&s)[kSums], u32 base, u32 tile, bool& pe
 }
 
 // Running softmax of the queries, each spread over the lanes with the same lane % 4 of all four warps. A weight is
-// 2^(score - reference); what multiplies V is the weight times the token's scale, and the reference, in units of log2, a
-// recent maximum of score + log2(scale). So float16 holds that with full precision from 2^8 times to 2^-21 times what it
-// is at the reference; the weight itself, which the sum takes, is a float32 for any scale up to 2^90.
+// 2^(score - reference). What multiplies V is the weight times the token's scale, and the reference, in units of log2,
+// a recent maximum of score + log2(scale): float16 has full precision from 2^8 to 2^-21 times what V is multiplied by
+// there, whatever the tokens' scales are. The weight itself, which the sum takes, is a float32: for scales up to 2^90
+// it reaches down to 2^-35 of the largest, and under the least scale, 2^-100, it is finite.
 template <class C> struct MlaFp8Softmax {
   static constexpr int kQueries = C::columns / 4, kSums = C::columns / 2;  // of a thread
   static constexpr float kSlack = 8.0f;      // the reference follows when 2^8 behind: O is seldom rescaled
@@ -180,7 +184,8 @@ template <class C> struct MlaFp8Softmax {
     for (int i = 0; i < kQueries; ++i) {
       float largest = kLowest;
 #pragma unroll
-      for (u32 w = 0; w < 4; ++w) largest = fmaxf(largest, load_shared(scratch + 4 * (w * C::columns + mla_fp8_query(i))));
+      for (u32 w = 0; w < 4; ++w)
+        largest = fmaxf(largest, load_shared(scratch + 4 * (w * C::columns + mla_fp8_query(i))));
       const float by = first || largest > kSlack ? largest : 0.0f;
       s[i / 2 * 4 + i % 2] -= by;
       s[i / 2 * 4 + i % 2 + 2] -= by;
@@ -308,7 +313,8 @@ template <class C> HELIX_DEVICE void mla_fp8_softmax(const MlaArguments& a, u32 
       softmax.weigh(s, scales);
       barrier_wait(base + M8::p_empty, p_parity);
       p_parity ^= 1;
-      if (last) softmax.finish(base + M8::p, base + M8::queries, base + M8::inverse, mla_fp8_lse<C>(a, *segments.current));
+      if (last)
+        softmax.finish(base + M8::p, base + M8::queries, base + M8::inverse, mla_fp8_lse<C>(a, *segments.current));
       mla_fp8_publish_weights<C>(s, base + M8::p);
       if (thread == 0) store_shared(base + M8::moved, u32(moved));
       pending = true;
