@@ -136,7 +136,7 @@ def _mla_fp8_partial(spec: KernelSpec) -> KernelConfig:
     """As many tiles in flight as fit beside the queries."""
     width = next(n for n in (16, 32, 64) if n >= min(_mla_queries(spec), 64))
     stages = 4 if width == 64 else 5
-    used = width * (1152 + 128 + 32) + stages * (64 * 577 + 16) + 16 + 48  # MlaFp8Shared, mla_fp8_layout.cuh
+    used = width * (1152 + 128 + 16) + stages * (64 * 577 + 16) + 16 + 32  # MlaFp8Shared, mla_fp8_layout.cuh
     return KernelConfig(spec, threads=512, stages=stages, cluster=_mla_cluster(spec), width=width, dynamic_shared=used)
 
 

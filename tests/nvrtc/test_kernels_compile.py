@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,8 +106,22 @@ def _small() -> tuple[KernelSource, ...]:
 
 
 @pytest.fixture(scope="module")
-def cubins(cache: Path) -> tuple[Cubin, ...]:
-    return compile_all(render_all(_specs()), cache=cache)
+def logs() -> list[str]:
+    """What the compiler said of `cubins`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def cubins(cache: Path, logs: list[str]) -> tuple[Cubin, ...]:
+    read = Nvrtc._log
+
+    def listen(self: Nvrtc, program: Any) -> str:
+        logs.append(read(self, program))
+        return logs[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Nvrtc, "_log", listen)
+        return compile_all(render_all(_specs()), cache=cache)
 
 
 def test_every_kernel_compiles_for_both_architectures(cubins: tuple[Cubin, ...]) -> None:
@@ -126,6 +141,12 @@ def test_every_kernel_compiles_for_both_architectures(cubins: tuple[Cubin, ...])
 def test_nothing_spills(cubins: tuple[Cubin, ...]) -> None:
     """Zero is the contract of all kernels."""
     assert {c.source.config.spec.name: c.spill_bytes for c in cubins if c.spill_bytes} == {}
+
+
+def test_no_warpgroup_product_is_serialized(cubins: tuple[Cubin, ...], logs: list[str]) -> None:
+    """Short of registers, ptxas waits for each wgmma before the next: half as fast, and only its log tells."""
+    assert len(logs) >= len(cubins)
+    assert [line for log in logs for line in log.splitlines() if "wgmma" in line] == []
 
 
 def test_the_partial_kernel_uses_the_shared_memory_its_choice_reckoned_with(cubins: tuple[Cubin, ...]) -> None:

@@ -76,8 +76,7 @@ LAST = "query / C::query_tokens * C::query_tokens + C::query_tokens - 1"
 @pytest.mark.parametrize(
     "changes",
     [
-        {"column / kScaleColumns]": "(column / kScaleColumns + 1) % groups]"},
-        {"scales[token * groups": "scales[(token ^ 1) * groups"},
+        {"scales[token]": "scales[token ^ 1]"},
         {CONVERT: "to_float(element)"},
         {"cache_v, v_scale, pages": "cache_v, k_scale, pages"},
         {"8 * half)": "8 * (1 - half))"},
@@ -92,7 +91,6 @@ LAST = "query / C::query_tokens * C::query_tokens + C::query_tokens - 1"
         {"i64(query / C::query_tokens)": "i64(query % (gridDim.y / C::query_tokens))"},
     ],
     ids=[
-        "another group's scale",
         "another token's scale",
         "no scale",
         "values with the keys' scale",

@@ -51,11 +51,13 @@ STORE = """
 
 @pytest.mark.parametrize("asynchrony", ASYNCHRONY)
 @pytest.mark.parametrize("from_registers", [False, True], ids=["a in shared memory", "a in registers"])
-@pytest.mark.parametrize(("dtype", "columns"), [(torch.bfloat16, 32), (torch.float8_e4m3fn, 128)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "columns"), [(torch.bfloat16, 32), (torch.float16, 16), (torch.float8_e4m3fn, 128)], ids=str
+)
 def test_wgmma(
     dtype: torch.dtype, from_registers: bool, columns: int, asynchrony: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    element = "bfloat16" if dtype == torch.bfloat16 else "e4m3"
+    element = "e4m3" if dtype == torch.float8_e4m3fn else str(dtype).removeprefix("torch.")
     body = f"""constexpr int N = {columns};
   {LOAD}
   float d[N / 2];
@@ -78,6 +80,15 @@ def test_wgmma(
     out = torch.empty(64, columns)
     run.launch((1, 1, 1), a.data_ptr(), b.data_ptr(), out.data_ptr())
     torch.testing.assert_close(out, a.float() @ b.float().T, rtol=1e-5, atol=1e-4)
+
+
+def test_a_barrier_that_says_whether_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice in a row, of two warps each: one thread of the first holds, then none does."""
+    body = """for (int round = 0; round < 2; ++round)
+    out[round * 128 + thread] = helix::named_barrier_any(1 + thread / 64, 64, round == 0 && thread == 37);"""
+    run, out = kernel(body, "float* out", monkeypatch), torch.full((256,), torch.nan)
+    run.launch((1, 1, 1), out.data_ptr())
+    assert out[:64].all() and not out[64:].any()
 
 
 @pytest.mark.parametrize("asynchrony", ASYNCHRONY)

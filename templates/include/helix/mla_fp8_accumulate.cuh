@@ -45,11 +45,12 @@ HELIX_DEVICE void mla_fp8_write(bfloat16* to, const float (&o)[4][kSums], u32 in
 // Where a segment's result goes, from this block's first query and this side's first column on.
 template <class C> HELIX_DEVICE bfloat16* mla_fp8_output(const MlaArguments& a, const Segment& segment, int side) {
   bfloat16* to = segment.whole ? a.o : a.part_o;
-  return to + (i64(segment.whole ? segment.row : segment.partial) * C::queries + head_half<C>() * 64) * 512 + side * 256;
+  const i64 row = segment.whole ? segment.row : segment.partial;
+  return to + (row * C::queries + head_half<C>() * 64) * 512 + side * 256;
 }
 
 // One warpgroup: O'[256][N] += V' P' over a segment, then O / sum to memory. `side` says which 256 columns.
-template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u32 shared, int side) {
+template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u32 base, int side) {
   using M8 = MlaFp8Shared<C>;
   constexpr int kSums = C::columns / 2;
   const int thread = int(threadIdx.x) % 128, lane = thread % 32;
@@ -62,6 +63,7 @@ template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u
   if (segments.left == 0) return;
   do {
     const int first_tile = segments.current->first_tile, last_tile = segments.current->last_tile;
+    int valid = segments.current->length - first_tile * kTileTokens;
     if (first_tile == last_tile) {
       bfloat16* to = mla_fp8_output<C>(a, *segments.current, side);
 #pragma unroll 1
@@ -70,11 +72,10 @@ template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u
       continue;
     }
     float o[4][kSums];  // 64 columns each
-    int valid = segments.current->length - first_tile * kTileTokens;
     for (int tile = first_tile; tile < last_tile; ++tile) {
-      const u32 base = opaque(shared);
-      barrier_wait(base + M8::p_full(0), p_parity);
+      barrier_wait(base + M8::p_full, p_parity);
       barrier_wait(base + M8::full(stage.index), stage.parity);
+      p_parity ^= 1;
       if (tile > first_tile && bits_of(load_shared(base + M8::moved)) != 0) {
 #pragma unroll
         for (int i = 0; i < kSums / 2; ++i) {
@@ -91,18 +92,19 @@ template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u
       const MatrixOperand p(base + M8::p, 16, 1024);
       const u32 values = base + M8::tile(stage.index) + mine;
       const auto load = [&](int batch) {
-        return load_matrices_transposed((values + batch / 4 * (M8::kLatent / 2) + batch / 2 % 2 * 1024) ^ (batch % 2 * 64));
+        const u32 at = values + batch % 2 * (M8::kLatent / 2) + batch / 4 * 1024;
+        return load_matrices_transposed(at ^ (batch / 2 % 2 * 64));
       };
       FragmentA v[2][2], words[2] = {load(0), load(1)};
 #pragma unroll
       for (int batch = 0; batch < 8; ++batch) {  // of 64 columns and 32 tokens
-        const int half = batch / 4, chunk = batch % 4;
+        const int chunk = batch / 2, half = batch % 2;
         mla_fp8_values(v[batch % 2], words[batch % 2]);
-        if (batch == 4) barrier_wait(base + M8::p_full(1), p_parity);
         wgmma_begin();
 #pragma unroll
         for (int step = 0; step < 2; ++step)
-          wgmma_m64k16_float16(o[chunk], v[batch % 2][step], p.at(half * 64 + step * 32), half + step > 0 || tile > first_tile);
+          wgmma_m64k16_float16(o[chunk], v[batch % 2][step], p.at(half * 64 + step * 32),
+                               half + step > 0 || tile > first_tile);
         wgmma_commit();
         if (batch < 6) words[batch % 2] = load(batch + 2);
         if (batch > 0) {  // the registers of the batch before may be written again
@@ -110,7 +112,6 @@ template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u
           wgmma_keep(v[(batch + 1) % 2][0]);
           wgmma_keep(v[(batch + 1) % 2][1]);
         }
-        if (batch == 4 && lane == 0) barrier_arrive(base + M8::p_empty(0));
       }
       __syncwarp();
       mla_release<C>(base + M8::empty(stage.index));
@@ -120,8 +121,7 @@ template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u
       wgmma_keep(v[1][1]);
       if (tile + 1 == last_tile) mla_fp8_write<C>(mla_fp8_output<C>(a, *segments.current, side), o, base + M8::inverse);
       __syncwarp();
-      if (lane == 0) barrier_arrive(base + M8::p_empty(1));
-      p_parity ^= 1;
+      if (lane == 0) barrier_arrive(base + M8::p_empty);
     }
   } while (segments.next());
 }

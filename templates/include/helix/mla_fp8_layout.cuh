@@ -9,17 +9,13 @@ template <class C> struct MlaFp8Shared {
   static constexpr u32 kQ = C::columns * 1152, kQGroup = 9 * 1024, kP = C::columns * 128;
   static constexpr u32 q = 0, tiles = q + kQ, p = tiles + C::stages * kTile, scales = p + kP;
   static constexpr u32 queries = scales + C::stages * kScales, rescale = queries + 8 * C::columns;
-  static constexpr u32 inverse = rescale + 4 * C::columns, scratch = inverse + 4 * C::columns;
-  static constexpr u32 moved = scratch + 16 * C::columns, full_barriers = moved + 16;
-  static constexpr u32 empty_barriers = full_barriers + 8 * C::stages, q_full = empty_barriers + 8 * C::stages;
-  static constexpr u32 q_empty = q_full + 8, p_full_barriers = q_empty + 8, p_empty_barriers = p_full_barriers + 16;
-  static constexpr u32 bytes = p_empty_barriers + 16;
+  static constexpr u32 inverse = rescale + 4 * C::columns, moved = inverse + 4 * C::columns;
+  static constexpr u32 full_barriers = moved + 16, empty_barriers = full_barriers + 8 * C::stages;
+  static constexpr u32 q_full = empty_barriers + 8 * C::stages, q_empty = q_full + 8, p_full = q_empty + 8;
+  static constexpr u32 p_empty = p_full + 8, bytes = p_empty + 8;
   static_assert(bytes <= 232448, "shared memory of one block");
   HELIX_DEVICE static u32 full(u32 stage) { return full_barriers + 8 * stage; }
   HELIX_DEVICE static u32 empty(u32 stage) { return empty_barriers + 8 * stage; }
-  // P comes and goes in halves of 32 tokens, which two warps of scores make.
-  HELIX_DEVICE static u32 p_full(int half) { return p_full_barriers + 8 * half; }
-  HELIX_DEVICE static u32 p_empty(int half) { return p_empty_barriers + 8 * half; }
   HELIX_DEVICE static u32 tile(u32 stage) { return tiles + stage * kTile; }
   HELIX_DEVICE static u32 scale_bytes(u32 stage) { return scales + stage * kScales; }
 };

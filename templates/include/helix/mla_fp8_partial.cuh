@@ -1,20 +1,24 @@
-// Partial of MLA on Hopper over an FP8 cache: e4m3 latents with block scales, bf16 products, float32 sums.
+// Partial of MLA on Hopper over an FP8 cache: e4m3 latents, float16 products, float32 sums.
 //
-//   q [B, Q, 576], kv [pages, block, 576] e4m3, scales [pages, block, 5], the rest as in mla_partial.cuh, whose
-//   workers, segments and rows of several query tokens these are.
+//   q [B, Q, 576], kv [pages, block, 576] e4m3, scales [pages, block], the rest as in mla_partial.cuh, whose workers,
+//   segments and rows of several query tokens these are.
 //
 // S' = K Q' and O' = V' P': what comes from the cache is the operand in registers, 64 tokens or 64 columns at once, and
-// the queries are the narrow dim N, 16, 32 or 64. So an element goes from e4m3 to bf16 in the registers of the warp
-// that multiplies it (fp8.cuh), and no bf16 tile exists. Warpgroups: 0 fetches; 1 computes S' and its softmax; 2 and 3
-// accumulate 256 columns of O' each. Shared memory: Q (N x 1152 bytes), a ring of four or five e4m3 tiles of 64 tokens
-// (36 KiB each), P (N x 128 bytes).
+// the queries are the narrow dim N, 16, 32 or 64. So an element goes from e4m3 to float16, exactly, in the registers of
+// the warp that multiplies it: one instruction for two elements, and no multiplication, since a token has one scale for
+// all its columns. That multiplies its scores, and its weights before they become float16. Warpgroups: 0 fetches; 1
+// computes S' and its softmax; 2 and 3 accumulate 256 columns of O' each. Shared memory: Q (N x 1152 bytes, float16 in
+// the end), a ring of four or five e4m3 tiles of 64 tokens (36 KiB each), P (N x 128 bytes).
 //
-// Cycles of a multiprocessor for a tile of 37,184 bytes, N = 64 (16): memory 2,820. Tensor cores 2,180 (540). Shared
+// The FP8 products of the tensor cores would need no conversion, but they keep about 13 bits of a sum's mantissa: too
+// few for an LSE that is good to 1e-3, and the fewer the longer the row.
+//
+// Cycles of a multiprocessor for a tile of 36,928 bytes, N = 64 (16): memory 2,820. Tensor cores 2,180 (540). Shared
 // memory 1,920 (1,110): 290 to write the tile, 550 to read it twice, 1,090 (270) for Q and P as the other operand.
-// Instructions of a scheduler 1,900: the conversion, 69,600 elements at nine instructions for four and 32 lanes, is
-// 1,220 of them, 650 in the warps of scores, 2 x 290 in those of O. With bf16 tiles in shared memory, which half as
-// many conversions would write, that memory alone would take 3,070, and its room be gone. Roofline: memory, 581 bytes
-// a token; the tensor cores for 128 queries.
+// Instructions of a scheduler about 1,150 (950): 750 (550) in the warp of scores, 2 x 200 in those of O'; 270 of them
+// convert, at half the rate. Measured on one H100 over 512k tokens: 3,000 for N = 16, which is memory, and 3,500 for
+// N = 64: one warpgroup computes, in turn, the scores, 1,150 cycles of the tensor cores if nobody else uses them, and a
+// softmax of 1,250. Roofline: memory, 577 bytes a token; the tensor cores for 128 queries.
 #pragma once
 #include "helix/mla_fp8_accumulate.cuh"
 #include "helix/mla_fp8_fetch.cuh"
@@ -31,10 +35,8 @@ template <class C> HELIX_DEVICE void mla_fp8_partial(const MlaArguments& a, cons
     prefetch_map(maps.rotary);
     barrier_init(base + M8::q_full, 1);
     barrier_init(base + M8::q_empty, 4);
-    for (int half = 0; half < 2; ++half) {
-      barrier_init(base + M8::p_full(half), 2);
-      barrier_init(base + M8::p_empty(half), 8);
-    }
+    barrier_init(base + M8::p_full, 4);
+    barrier_init(base + M8::p_empty, 8);
     for (int stage = 0; stage < C::stages; ++stage) {
       barrier_init(base + M8::full(stage), 1);
       barrier_init(base + M8::empty(stage), 12 * C::cluster);  // warps of all warpgroups but the first

@@ -14,9 +14,9 @@ HELIX_DEVICE float low_bfloat16(u32 pair) { return __int_as_float(int(pair << 16
 HELIX_DEVICE float high_bfloat16(u32 pair) { return __int_as_float(int(pair & 0xffff0000u)); }
 
 // Q from bfloat16 to float16, in place, times a power of two that brings each query's largest element to [2^14, 2^15):
-// what then falls below float16's normal numbers is off by 2^-39 of the largest at most. `queries`: what
-// brings a product back, to a score in units of log2, and the first reference, 0. Columns are put in the order in which K's come out of their words: of every 16,
-// first the pairs 0, 2, 4, 6, then the pairs 1, 3, 5, 7.
+// what then falls below float16's normal numbers is off by 2^-39 of the largest at most. To `queries` goes what makes a
+// product a score, in units of log2, and the first reference, 0. Columns are put in the order in which K's come out of
+// their words: of every 16, first the pairs 0, 2, 4, 6, then the pairs 1, 3, 5, 7.
 template <class C> HELIX_DEVICE void mla_fp8_convert_queries(u32 q, u32 queries) {
   constexpr int kChunks = 9;
   const u32 thread = threadIdx.x % 128, unit = thread % 8;  // eight lanes have one query, 16 bytes of each chunk
@@ -30,7 +30,8 @@ template <class C> HELIX_DEVICE void mla_fp8_convert_queries(u32 q, u32 queries)
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       part[chunk] = load_shared_vector(row + chunk * 1024);
 #pragma unroll
-      for (u32 pair : part[chunk].words) most = fmaxf(most, fmaxf(fabsf(low_bfloat16(pair)), fabsf(high_bfloat16(pair))));
+      for (u32 pair : part[chunk].words)
+        most = fmaxf(most, fmaxf(fabsf(low_bfloat16(pair)), fabsf(high_bfloat16(pair))));
     }
 #pragma unroll
     for (int distance = 1; distance < 8; distance *= 2)
@@ -46,8 +47,10 @@ template <class C> HELIX_DEVICE void mla_fp8_convert_queries(u32 q, u32 queries)
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       u32 pairs[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        pairs[i] = pack_float16(low_bfloat16(part[chunk].words[i]) * factor, high_bfloat16(part[chunk].words[i]) * factor);
+      for (int i = 0; i < 4; ++i) {
+        const u32 pair = part[chunk].words[i];
+        pairs[i] = pack_float16(low_bfloat16(pair) * factor, high_bfloat16(pair) * factor);
+      }
       // Lanes of even units keep their pairs 0 and 2 for 1 and 3 of their neighbours.
       const u32 first = __shfl_xor_sync(0xffffffffu, odd ? pairs[0] : pairs[1], 1);
       const u32 second = __shfl_xor_sync(0xffffffffu, odd ? pairs[2] : pairs[3], 1);
@@ -59,30 +62,41 @@ template <class C> HELIX_DEVICE void mla_fp8_convert_queries(u32 q, u32 queries)
   named_barrier(1, 128);
 }
 
-// Scales of a thread's two tokens. Tokens from `valid` on, whose bytes may be anything, have finite ones.
+// Scales of a thread's two tokens, for their products and for their weights. Tokens from `valid` on, whose bytes may be
+// anything, have finite ones.
 struct TokenScales {
-  u32 bytes[2];
+  float product[2], weight[2];
 
-  TokenScales() = default;
   HELIX_DEVICE TokenScales(u32 from, int valid) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const u32 token = mla_fp8_token() + 8 * r;
-      bytes[r] = int(token) < valid ? load_shared_byte(from + token) : 0;
+      const u32 token = mla_fp8_token() + 8 * r, byte = int(token) < valid ? load_shared_byte(from + token) : 0;
+      product[r] = scale_to_float(u8(byte)), weight[r] = scale_to_float(u8(byte + kLift));
     }
   }
-  HELIX_DEVICE float of_product(int r) const { return __int_as_float(int(bytes[r] << 23)); }
-  HELIX_DEVICE float of_weight(int r) const { return __int_as_float(int(bytes[r] + kLift << 23)); }
-  HELIX_DEVICE float log2(int r) const { return float(int(bytes[r]) - 127); }
+  // In units of log2.
+  HELIX_DEVICE float exponent(int r) const { return float(int(bits_of(weight[r]) >> 23) - (127 + kLift)); }
 };
 
-constexpr int kBatches = 18;  // of 32 columns of K
+// With 64 queries P waits for most of the next tile's scores before it is passed on: O' would take turns with them on
+// the tensor cores, and leave these to nobody while the softmax is computed. Scores and softmax are the longest chain.
+template <class C> constexpr bool kHold = C::columns == 64;
+constexpr int kPassBatch = 10;  // measured: 10 to 14 are alike
 
-// S'[64][N] = K Q' of a tile. `meanwhile.step(i)` is called when batch i has been given to the tensor cores.
-template <class C, int kSums, class Work>
-HELIX_DEVICE void mla_fp8_scores(float (&s)[kSums], u32 base, u32 tile, Work& meanwhile) {
+// Passes P on to the warpgroups of O', if this warp has not done so yet.
+HELIX_DEVICE void mla_fp8_pass_weights(u32 p_full, bool& pending) {
+  if (!pending) return;
+  fence_async_proxy();
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(p_full);
+  pending = false;
+}
+
+// S'[64][N] = K Q' of a tile. Passes on weights that are `pending` after kPassBatch batches.
+template <class C, int kSums>
+HELIX_DEVICE void mla_fp8_scores(float (&s)[kSums], u32 base, u32 tile, bool& pending) {
   using M8 = MlaFp8Shared<C>;
-  constexpr int kBuffers = C::columns == 64 ? 2 : 4, kAhead = C::columns == 64 ? 1 : 2;  // batches
+  constexpr int kBatches = 18, kBuffers = C::columns == 64 ? 4 : 5, kAhead = 2;  // batches of 32 columns
   const u32 lane = threadIdx.x % 32, token = threadIdx.x % 128 / 32 * 16 + lane % 16, column = lane / 16 * 16;
   const u32 latent = tile + latent_offset(token, 0, column), rotary = tile + rotary_offset(token, column);
   const MatrixOperand q(base + M8::q, 16, M8::kQGroup);
@@ -107,7 +121,7 @@ HELIX_DEVICE void mla_fp8_scores(float (&s)[kSums], u32 base, u32 tile, Work& me
     for (int step = 0; step < 2; ++step)
       wgmma_m64k16_float16(s, mine[step], q.at(batch / 2 * 1024 + batch % 2 * 64 + step * 32), batch + step > 0);
     wgmma_commit();
-    meanwhile.step(batch);
+    if (kHold<C> && batch == kPassBatch) mla_fp8_pass_weights(base + M8::p_full, pending);
     if (batch + 1 >= kBuffers) {  // the registers of the next batch may be written again
       wgmma_wait<kBuffers - 1>();
 #pragma unroll
@@ -120,19 +134,15 @@ HELIX_DEVICE void mla_fp8_scores(float (&s)[kSums], u32 base, u32 tile, Work& me
 }
 
 // Running softmax of the queries, each spread over the lanes with the same lane % 4 of all four warps. A weight is
-// 2^(score - reference); what multiplies V is the weight times the token's scale, and the reference, in units of log2, a
-// recent maximum of score + log2(scale). So float16 holds that with full precision from 2^8 times to 2^-21 times what it
-// is at the reference; the weight itself, which the sum takes, is a float32 for any scale up to 2^90.
+// 2^(score - reference). What multiplies V is the weight times the token's scale, and the reference, in units of log2,
+// a recent maximum of score + log2(scale): float16 has full precision from 2^8 to 2^-21 times what V is multiplied by
+// there, whatever the tokens' scales are. The weight itself, which the sum takes, is a float32: for scales up to 2^90
+// it reaches down to 2^-35 of the largest, and under the least scale, 2^-100, it is finite.
 template <class C> struct MlaFp8Softmax {
   static constexpr int kQueries = C::columns / 4, kSums = C::columns / 2;  // of a thread
   static constexpr float kSlack = 8.0f;      // the reference follows when 2^8 behind: O is seldom rescaled
   static constexpr float kLowest = -1e30f;   // reference of a query without tokens: finite, so that -inf - it is no NaN
-  float sum[kQueries];
-
-  HELIX_DEVICE void start() {
-#pragma unroll
-    for (float& x : sum) x = 0.0f;
-  }
+  float sum[kQueries] = {};
 
   // Products to scores minus references.
   HELIX_DEVICE static void relate(float (&s)[kSums], const TokenScales& scales, u32 queries) {
@@ -142,7 +152,7 @@ template <class C> struct MlaFp8Softmax {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float gain = __int_as_float(int(two.words[i % 2])), reference = __int_as_float(int(two.words[2 + i % 2]));
-        s[4 * n + i] = fmaf(s[4 * n + i] * scales.of_product(i / 2), gain, -reference);
+        s[4 * n + i] = fmaf(s[4 * n + i] * scales.product[i / 2], gain, -reference);
       }
     }
   }
@@ -152,7 +162,7 @@ template <class C> struct MlaFp8Softmax {
     float most[4] = {s[0], s[1], s[2], s[3]};  // four chains
 #pragma unroll
     for (int i = 4; i < kSums; ++i) most[i % 4] = fmaxf(most[i % 4], s[i]);  // NaN is dropped
-    return fmaxf(fmaxf(most[0], most[1]) + scales.log2(0), fmaxf(most[2], most[3]) + scales.log2(1)) > kSlack;
+    return fmaxf(fmaxf(most[0], most[1]) + scales.exponent(0), fmaxf(most[2], most[3]) + scales.exponent(1)) > kSlack;
   }
 
   // Moves the references to the largest sums of score and log2(scale), and leaves what earlier weights are to be
@@ -163,7 +173,7 @@ template <class C> struct MlaFp8Softmax {
 #pragma unroll
     for (int i = 0; i < kQueries; ++i) {
       const float* mine = s + i / 2 * 4 + i % 2;
-      float largest = fmaxf(mine[0] + scales.log2(0), mine[2] + scales.log2(1));
+      float largest = fmaxf(mine[0] + scales.exponent(0), mine[2] + scales.exponent(1));
 #pragma unroll
       for (int distance = 4; distance < 32; distance *= 2)
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
@@ -174,7 +184,8 @@ template <class C> struct MlaFp8Softmax {
     for (int i = 0; i < kQueries; ++i) {
       float largest = kLowest;
 #pragma unroll
-      for (u32 w = 0; w < 4; ++w) largest = fmaxf(largest, load_shared(scratch + 4 * (w * C::columns + mla_fp8_query(i))));
+      for (u32 w = 0; w < 4; ++w)
+        largest = fmaxf(largest, load_shared(scratch + 4 * (w * C::columns + mla_fp8_query(i))));
       const float by = first || largest > kSlack ? largest : 0.0f;
       s[i / 2 * 4 + i % 2] -= by;
       s[i / 2 * 4 + i % 2 + 2] -= by;
@@ -189,13 +200,13 @@ template <class C> struct MlaFp8Softmax {
     named_barrier(1, 128);  // scratch is free
   }
 
-  // Turns scores minus references, of the queries 8 n to 8 n + 7, into weights times scales, a word for each token.
-  HELIX_DEVICE void weigh(u32 (&weights)[kSums / 2], const float (&s)[kSums], const TokenScales& scales, int n) {
+  // Turns scores minus references into weights times scales.
+  HELIX_DEVICE void weigh(float (&s)[kSums], const TokenScales& scales) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float low = exp2_approximate(s[4 * n + 2 * r]), high = exp2_approximate(s[4 * n + 2 * r + 1]);
-      sum[2 * n] += low, sum[2 * n + 1] += high;
-      weights[2 * n + r] = pack_float16(low * scales.of_weight(r), high * scales.of_weight(r));
+    for (int i = 0; i < kSums; ++i) {
+      const float weight = exp2_approximate(s[i]);
+      sum[i / 4 * 2 + i % 2] += weight;
+      s[i] = weight * scales.weight[i / 2 % 2];
     }
   }
 
@@ -236,14 +247,14 @@ HELIX_DEVICE void mla_fp8_mask(float (&s)[kSums], const int (&bounds)[kTokens]) 
 }
 
 // Weights as P [N][64 tokens], tokens contiguous.
-template <class C, int kWords> HELIX_DEVICE void mla_fp8_publish_weights(const u32 (&words)[kWords], u32 p) {
+template <class C, int kSums> HELIX_DEVICE void mla_fp8_publish_weights(const float (&s)[kSums], u32 p) {
   const u32 lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
   const u32 at = p + lane / 16 * 1024 + swizzled(lane % 8, warp * 32 + lane / 8 % 2 * 16);
 #pragma unroll
   for (int n = 0; n < C::columns / 16; ++n) {  // 16 queries
     FragmentA weights;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) weights.x[i] = words[4 * n + i];
+    for (int i = 0; i < 4; ++i) weights.x[i] = pack_float16(s[n * 8 + i * 2], s[n * 8 + i * 2 + 1]);
     store_matrices_transposed(at + n * 2048, weights);
   }
 }
@@ -253,122 +264,65 @@ template <class C> HELIX_DEVICE float* mla_fp8_lse(const MlaArguments& a, const 
          head_half<C>() * 64;
 }
 
-// What the warpgroup does with the scores of a tile.
-template <class C> struct MlaFp8Tile {
-  using M8 = MlaFp8Shared<C>;
-  using Softmax = MlaFp8Softmax<C>;
-  static constexpr int kTokens = C::row_tokens == 1 ? 1 : C::heads < C::columns ? C::columns / C::heads : 1;
-  static constexpr int kEights = C::columns / 8, kLater = 5;
-  const MlaArguments& a;
-  const u32 base;
-  const Segment* segment;
-  u32 p_parity = 1;
-  bool first, last, moved;
-  int valid, bounds[kTokens];  // tokens of the tile, and those of each query token
-  float s[Softmax::kSums];
-  u32 weights[Softmax::kSums / 2];
-  TokenScales scales;
-  Softmax softmax;
-
-  HELIX_DEVICE MlaFp8Tile(const MlaArguments& arguments, u32 at) : a(arguments), base(at) {}
-
-  // Before the next scores: what is to be known of all of them.
-  HELIX_DEVICE void refer() {
-    softmax.relate(s, scales, base + M8::queries);
-    if (kTokens > 1 || C::row_tokens > 1 || valid < kTileTokens) mla_fp8_mask<C>(s, bounds);
-    moved = named_barrier_any(1, 128, first || softmax.outgrown(s, scales));
-    if (moved) {
-      barrier_wait(base + M8::p_empty(0), p_parity);  // the factors before have been read
-      softmax.refer(s, scales, first, base + M8::scratch, base + M8::queries, base + M8::rescale);
-    }
-  }
-
-  // Beside the next scores.
-  HELIX_DEVICE void step(int batch) {
-    const int half = int(threadIdx.x % 128 / 64);
-    if (batch < kEights) softmax.weigh(weights, s, scales, batch);
-    if (batch == kEights && last) {
-      barrier_wait(base + M8::p_empty(1), p_parity);
-      softmax.finish(base + M8::scratch, base + M8::queries, base + M8::inverse, mla_fp8_lse<C>(a, *segment));
-    }
-    if (batch == kEights && half == 0) publish(half);
-    if (batch == kEights + kLater && half == 1) publish(half);
-    if (batch == kBatches - 1) p_parity ^= 1;
-  }
-
-  HELIX_DEVICE void publish(int half) {
-    barrier_wait(base + M8::p_empty(half), p_parity);
-    mla_fp8_publish_weights<C>(weights, base + M8::p);
-    if (threadIdx.x % 128 == 0) store_shared(base + M8::moved, u32(moved));
-    fence_async_proxy();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(base + M8::p_full(half));
-  }
-};
-
-struct Nothing {
-  HELIX_DEVICE void step(int) {}
-};
-
-// The scores of the tile at `stage`, which is passed back.
-template <class C, class Work>
-HELIX_DEVICE TokenScales mla_fp8_next(float (&s)[MlaFp8Softmax<C>::kSums], u32 base, RingStage<C>& stage, int valid, Work& meanwhile) {
-  using M8 = MlaFp8Shared<C>;
-  barrier_wait(base + M8::full(stage.index), stage.parity);
-  const TokenScales scales(opaque(base) + M8::scale_bytes(stage.index), valid);
-  mla_fp8_scores<C>(s, base, opaque(base) + M8::tile(stage.index), meanwhile);
-  __syncwarp();
-  mla_release<C>(base + M8::empty(stage.index));
-  stage.advance();
-  return scales;
-}
-
-// One warpgroup: scores, running softmax, and the LSE. The softmax of a tile runs while the tensor cores compute the
-// scores of the next one, and both while P V of the one before is computed.
+// One warpgroup: scores, running softmax, and the LSE. The scores of a tile overlap with P V of the one before.
 template <class C> HELIX_DEVICE void mla_fp8_softmax(const MlaArguments& a, u32 base) {
   using M8 = MlaFp8Shared<C>;
-  using Tile = MlaFp8Tile<C>;
+  constexpr int kTokens = C::row_tokens == 1 ? 1 : C::heads < C::columns ? C::columns / C::heads : 1;
   const u32 thread = threadIdx.x % 128, lane = thread % 32;
   RingStage<C> stage;
-  u32 q_parity = 0;
+  u32 q_parity = 0, p_parity = 1;
   Segments<C> segments(a.segments);
   wait_for_previous_kernels();
   if (segments.left == 0) return;
-  Tile tile(a, base);
   do {
     const int start = segments.current->first_tile * kTileTokens;
     int tiles = segments.current->last_tile - segments.current->first_tile;
-    tile.segment = segments.current;
     if (tiles == 0) {
-      if (int(thread) < queries_here<C>()) mla_fp8_lse<C>(a, *tile.segment)[thread] = minus_infinity();
+      if (int(thread) < queries_here<C>()) mla_fp8_lse<C>(a, *segments.current)[thread] = minus_infinity();
       continue;
     }
-    tile.valid = segments.current->length - start;
+    int bounds[kTokens], valid = segments.current->length - start;
 #pragma unroll
-    for (int t = 0; t < Tile::kTokens; ++t)
-      tile.bounds[t] = mla_bound<C>(a, *segments.current, head_half<C>() * 64 / C::heads + t) - start;
-    tile.softmax.start();
+    for (int t = 0; t < kTokens; ++t)
+      bounds[t] = mla_bound<C>(a, *segments.current, head_half<C>() * 64 / C::heads + t) - start;
+    MlaFp8Softmax<C> softmax;
     barrier_wait(base + M8::q_full, q_parity);
     q_parity ^= 1;
     mla_fp8_convert_queries<C>(base + M8::q, base + M8::queries);
-    Nothing nothing;
-    tile.scales = mla_fp8_next<C>(tile.s, base, stage, tile.valid, nothing);
-    tile.first = true, tile.last = false;
-    for (; tiles > 1; --tiles) {
+    bool pending = false;
+    for (bool first = true; tiles > 0; --tiles, first = false) {
+      const bool last = tiles == 1;
       float s[MlaFp8Softmax<C>::kSums];
-      tile.refer();
-      const TokenScales scales = mla_fp8_next<C>(s, base, stage, tile.valid - kTileTokens, tile);
+      // While the tile is not there yet, there is nothing to compete with.
+      if (kHold<C> && !__any_sync(0xffffffffu, barrier_passed(base + M8::full(stage.index), stage.parity)))
+        mla_fp8_pass_weights(base + M8::p_full, pending);
+      barrier_wait(base + M8::full(stage.index), stage.parity);
+      const TokenScales scales(opaque(base) + M8::scale_bytes(stage.index), valid);
+      mla_fp8_scores<C>(s, base, opaque(base) + M8::tile(stage.index), pending);
+      __syncwarp();
+      mla_release<C>(base + M8::empty(stage.index));
+      stage.advance();
+      if (last && lane == 0) barrier_arrive(base + M8::q_empty);
+      softmax.relate(s, scales, base + M8::queries);
+      if (kTokens > 1 || C::row_tokens > 1 || valid < kTileTokens) mla_fp8_mask<C>(s, bounds);
+      const bool moved = named_barrier_any(1, 128, first || softmax.outgrown(s, scales));
+      if (moved) {
+        barrier_wait(base + M8::p_empty, p_parity);  // P is the scratch
+        softmax.refer(s, scales, first, base + M8::p, base + M8::queries, base + M8::rescale);
+      }
+      softmax.weigh(s, scales);
+      barrier_wait(base + M8::p_empty, p_parity);
+      p_parity ^= 1;
+      if (last)
+        softmax.finish(base + M8::p, base + M8::queries, base + M8::inverse, mla_fp8_lse<C>(a, *segments.current));
+      mla_fp8_publish_weights<C>(s, base + M8::p);
+      if (thread == 0) store_shared(base + M8::moved, u32(moved));
+      pending = true;
+      if (last || !kHold<C>) mla_fp8_pass_weights(base + M8::p_full, pending);
+      valid -= kTileTokens;
 #pragma unroll
-      for (int i = 0; i < MlaFp8Softmax<C>::kSums; ++i) tile.s[i] = s[i];
-      tile.scales = scales, tile.first = false, tile.valid -= kTileTokens;
-#pragma unroll
-      for (int t = 0; t < Tile::kTokens; ++t) tile.bounds[t] -= kTileTokens;
+      for (int t = 0; t < kTokens; ++t) bounds[t] -= kTileTokens;
     }
-    if (lane == 0) barrier_arrive(base + M8::q_empty);
-    tile.refer();
-    tile.last = true;
-#pragma unroll
-    for (int batch = 0; batch < kBatches; ++batch) tile.step(batch);
   } while (segments.next());
 }
 

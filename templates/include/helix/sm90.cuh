@@ -59,6 +59,17 @@ HELIX_DEVICE bool barrier_try(u32 barrier, u32 parity) {
   return done != 0;
 }
 
+// Has the phase of this parity ended? Does not wait.
+HELIX_DEVICE bool barrier_passed(u32 barrier, u32 parity) {
+  u32 done;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // Polls before a wait gives up: a bug ends the kernel with an error and not the machine with a hang.
 constexpr u32 kMostPolls = 1u << 22;
 

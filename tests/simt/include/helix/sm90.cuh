@@ -31,6 +31,7 @@ HELIX_DEVICE bool barrier_try(u32 barrier, u32 parity) {
   if (!simt::barrier_passed(barrier, parity)) simt::spin();
   return simt::barrier_passed(barrier, parity);
 }
+HELIX_DEVICE bool barrier_passed(u32 barrier, u32 parity) { return simt::barrier_passed(barrier, parity); }
 HELIX_DEVICE void barrier_wait(u32 barrier, u32 parity) { simt::barrier_wait(barrier, parity); }
 HELIX_DEVICE void barrier_init(u64* barrier, u32 arrivals) { barrier_init(shared_address(barrier), arrivals); }
 HELIX_DEVICE void barrier_arrive(u64* barrier) { barrier_arrive(shared_address(barrier)); }
