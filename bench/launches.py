@@ -22,6 +22,7 @@ from tests.gpu.launches import compiled, launch  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "launches.json"
 LENGTHS, TOKENS = [1, 7, 100, 400], 64
+SEED = 1
 CASES: list[tuple[str, int | None, str, dict[str, Any], dict[str, Any]]] = [
     ("deepseek-v3-lite", None, "bfloat16", {"tp": 2}, {"cp": 2, "block": 32}),
     ("deepseek-v3-lite", 3, "float32", {"tp": 2}, {"cp": 2, "block": 32}),
@@ -39,7 +40,7 @@ def main() -> None:
             folder = Path(temporary)
             artifact = compiled(folder / "artifact", model, layers, dtype, role(**context), role(**generation))
             plan = json.loads((artifact / "plan.json").read_text())
-            found = launch(artifact, LENGTHS, TOKENS, folder)
+            found = launch(artifact, LENGTHS, TOKENS, folder, SEED)
             rows.append(
                 {
                     "model": model,

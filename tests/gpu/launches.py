@@ -30,7 +30,12 @@ def compiled(
     if layers is not None:
         moe = replace(arch.moe, layers=tuple(i for i in arch.moe.layers if i < layers)) if arch.moe else None
         arch = replace(arch, num_layers=layers, moe=moe)
-    fields: dict[str, Any] = {"load_format": "dummy", "dtype": dtype, "hardware": Hardware(1, 2, True)}
+    fields: dict[str, Any] = {
+        "load_format": "dummy",
+        "dtype": dtype,
+        "hardware": Hardware(1, 2, True),
+        "max_seq_len": 1024,
+    }
     plan = place(lower(spec(model, context, generation, **fields), arch), partial(names_for, ("sm_90a",)))
     verify(plan)
     cubins = compile_all(render_all(select(plan, ("sm_90a",))))
@@ -39,9 +44,9 @@ def compiled(
     return directory
 
 
-def launch(artifact: Path, lengths: list[int], max_tokens: int, directory: Path) -> dict[str, Any]:
-    """The JSON object of `helixc launch --verify` on random prompts."""
-    seed = random.randrange(2**31)
+def launch(artifact: Path, lengths: list[int], max_tokens: int, directory: Path, seed: int) -> dict[str, Any]:
+    """The JSON object of `helixc launch --verify` on prompts drawn from `seed`."""
+    directory.mkdir(exist_ok=True)
     pick = random.Random(seed)
     prompts = [{"token_ids": [pick.randrange(1000) for _ in range(n)], "ignore_eos": True} for n in lengths]
     (directory / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))

@@ -24,16 +24,30 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2,
     ],
     ids=["mla cp2", "mla tp2", "gqa cp2", "qwen3-moe cp2"],
 )
-def test_float32_equals_one_process(model: str, context: RoleSpec, generation: RoleSpec, tmp_path: Path) -> None:
+def test_float32_equals_one_process(
+    model: str, context: RoleSpec, generation: RoleSpec, tmp_path: Path, seed: int
+) -> None:
     """In float32 every token must be the same, and the logits within the reference's tolerance."""
     artifact = compiled(tmp_path / "artifact", model, 3, "float32", context, generation)
-    found = launch(artifact, [1, 5, 40, 300], 48, tmp_path)
+    found = launch(artifact, [1, 5, 40, 300], 48, tmp_path, seed)
     assert found["verify"]["first_difference"] is None
 
 
-def test_deepseek_v3_lite_in_bfloat16(tmp_path: Path) -> None:
+def test_deepseek_v3_lite_in_bfloat16(tmp_path: Path, seed: int) -> None:
     """The whole model, `ctx tp2 / gen tp1 cp2`, random weights: within the stated bfloat16 tolerance."""
     artifact = compiled(tmp_path / "artifact", "deepseek-v3-lite", None, "bfloat16", role(tp=2), role(cp=2, block=32))
-    found = launch(artifact, [1, 7, 100, 400], 64, tmp_path)
+    found = launch(artifact, [1, 7, 100, 400], 64, tmp_path, seed)
     assert found["metrics"]["handoff_bytes"] == 508 * 27 * 576 * 2
     assert sum(found["metrics"]["kv_tokens_per_rank"].values()) == 508 + 4 * 63
+
+
+def test_512_steps_from_an_empty_second_shard(tmp_path: Path, seed: int) -> None:
+    """Every step within the tolerance of the unsharded model, every token with one owner, two runs identical."""
+    artifact = compiled(tmp_path / "artifact", "deepseek-v3-lite", None, "bfloat16", role(tp=2), role(cp=2, block=32))
+    lengths, steps = [1, 31], 512  # within one block of 32, so that the second rank has nothing to attend to at first
+    runs = [launch(artifact, lengths, steps, tmp_path / name, seed) for name in ("first", "second")]
+    tokens = [[request["token_ids"] for request in run["requests"]] for run in runs]
+    assert tokens[0] == tokens[1]
+    for run in runs:
+        stored = run["metrics"]["kv_tokens_per_rank"]
+        assert sum(stored.values()) == sum(length + steps - 1 for length in lengths) and min(stored.values()) > 480
