@@ -236,9 +236,8 @@ def test_a_wrong_append_is_noticed(
     print("seed", seed)
     ops = cpu_ops(APPEND_SHAPES[shape], 1, tmp_path, monkeypatch, 1, root, only_append=True)
     with pytest.raises(AssertionError):
-        check_append(
-            ops, random_case(APPEND_SHAPES[shape], [5, 9, 0, 70, 8], CPU, seed), BOUNDS[APPEND_SHAPES[shape].dtype]
-        )
+        many = [5, 9, 0, 70, 8] * 20  # a wrong scale shows in one vector of five
+        check_append(ops, random_case(APPEND_SHAPES[shape], many, CPU, seed), BOUNDS[APPEND_SHAPES[shape].dtype])
 
 
 @pytest.mark.parametrize(("dtype", "hidden"), [("float32", 96), ("bfloat16", 1032)])
