@@ -73,18 +73,18 @@ Schedules are not in the times.
     ):
         chosen = [row for row in result["rows"] if wanted == (row["op"], row["dtype"], row.get("query_tokens", 1) > 1)]
         if chosen:
-            sections.append(_attention_table(title, chosen, result["peers"][part]))
+            sections.append(_attention_table(title, chosen, result["peers"][part], result.get("notes", {}).get(part)))
     return "\n".join(sections)
 
 
-def _attention_table(title: str, chosen: Sequence[dict[str, Any]], peers: dict[str, str]) -> str:
+def _attention_table(title: str, chosen: Sequence[dict[str, Any]], peers: dict[str, str], remark: str | None) -> str:
     rows = [
         (
             row["case"],
             f"{row['ours_us']:.1f}",
             f"{row['peer_us']:.1f} ({row['peer']})" if row["peer"] else "-",
             f"{row['ratio']:.2f}" if row["peer"] else "-",
-            f"{row['floor_us']:.1f}",
+            "-" if row["floor_us"] is None else f"{row['floor_us']:.1f}",
             str(row["tflops"]),
         )
         for row in chosen
@@ -97,6 +97,7 @@ def _attention_table(title: str, chosen: Sequence[dict[str, Any]], peers: dict[s
         note = f"Geometric mean of the ratios: {mean:.2f}. Rows where the peer is faster: {below} of {len(ratios)}.\n"
         if any(row["peer"] in peers for row in chosen):
             note += f"Peers: {', '.join(f'{name} {version}' for name, version in peers.items())}.\n"
+    note += f"{remark}\n" if remark else ""
     head = ("rows x tokens", "ours, us", "best peer, us", "peer / ours", "read, us", "TFLOP/s")
     return _section(title, note, head, rows, level=3)
 
