@@ -77,6 +77,8 @@ def configure(spec: KernelSpec) -> KernelConfig:
             return KernelConfig(spec, threads=64)
         case "exchange":
             return KernelConfig(spec, threads=_EXCHANGE_THREADS)
+        case "merge_exchange":
+            return _merge_exchange(spec)
         case "reduce":
             return _reduce(spec)
         case "router":
@@ -98,6 +100,18 @@ def _reduce(spec: KernelSpec) -> KernelConfig:
     if size % 16:
         raise ValueError(f"{spec.name}: a row of {size} bytes is not a multiple of 16")
     return KernelConfig(spec, threads=min(-(-size // 512) * 32, 1024))
+
+
+def _merge_exchange(spec: KernelSpec) -> KernelConfig:
+    """A thread block has all splits of the longest row under way at once: a warp four of them a load, of `batch` loads.
+
+    That row is cut among all workers: 66 clusters of two thread blocks, or 132 thread blocks. Registers are for 1,024
+    threads a multiprocessor, with which as much is under way as in the merge kernel alone.
+    """
+    params = dict(spec.params)
+    queries = int(params["cp"]) * int(params["out_heads"]) * int(params["row_tokens"])
+    threads = 256 if queries <= 64 else 128
+    return KernelConfig(spec, threads=threads, blocks=1024 // threads, batch=5)
 
 
 def _append(spec: KernelSpec) -> KernelConfig:

@@ -54,7 +54,12 @@ def attention(shape: AttentionShape, arch: str) -> tuple[KernelSpec, ...]:
 
 
 def exchange(shape: AttentionShape, cp: int, arch: str) -> KernelSpec:
-    """The exchange among `cp` ranks that write into each other's memory, and the merge of what arrives."""
+    """The exchange among `cp` ranks that write into each other's memory, and the merge of what arrives.
+
+    Where attention leaves the splits of a rank to another kernel, that is this one: it saves a launch and a trip
+    through memory. Only Hopper's MLA does: its GQA merges within its own launch, and the portable kernels' splits lie
+    otherwise.
+    """
     heads = shape.heads // cp
     params: Params = (
         ("cp", cp),
@@ -63,6 +68,9 @@ def exchange(shape: AttentionShape, cp: int, arch: str) -> KernelSpec:
         ("dtype", shape.dtype),
     )
     name = f"exchange_cp{cp}_h{heads}_p{shape.partial_dim}_{_SHORT[shape.dtype]}"
+    if arch == "sm_90a" and _hopper_mla(shape) and not read_switches().portable:
+        tokens = _row_tokens(shape)
+        return KernelSpec(f"merge_{name}{_several(tokens)}", "merge_exchange", (*params, ("row_tokens", tokens)), arch)
     return KernelSpec(name, "exchange", params, arch)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from helixc_runtime.attention_shape import MAX_SPLITS, AttentionShape
 from helixc_runtime.cubin import LoadedKernel
 from helixc_runtime.manifest import Kernel
-from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
+from helixc_runtime.ops import DecodeBatch, LayerCache, Partial, SplitPartial
 from helixc_runtime.tensor_map import TensorMap, TensorMaps
 
 # The launch arguments of each template, in order.
@@ -46,8 +46,8 @@ class Attend(Protocol):
         """Schedule a step's attention. Its batch must stay as it is until the step's last layer."""
         ...
 
-    def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> None:
-        """Fill `out` with the partial of one layer."""
+    def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> Partial | SplitPartial:
+        """Fill `out` with the partial of one layer, and return it, or what is left to do for it."""
         ...
 
 
@@ -78,7 +78,7 @@ class Portable:
     def begin_step(self, batch: DecodeBatch) -> None:
         """Nothing: the splits follow from the shapes."""
 
-    def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> None:
+    def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> Partial:
         queries, max_pages = len(q), batch.page_table.shape[1]
         tiles = self.shape.kv_heads * -(-self.shape.group // int(self.partial_kernel.params["head_tile"]))
         token_tile = int(self.partial_kernel.params["token_tile"])
@@ -91,6 +91,7 @@ class Portable:
         count = queries * self.shape.heads
         grid = combine_grid(self.merge_kernel, count)
         self.merge.launch(grid, *map(address, (out.o, out.lse, o, lse)), splits, count)
+        return out
 
     def _splits(self, thread_blocks: int, max_tokens: int, token_tile: int) -> int:
         """Enough splits to fill the GPU, but none without a tile of tokens. Known without reading the lengths."""
@@ -136,14 +137,18 @@ class HopperMla:
         self.schedule.launch((1, 1, 1), *map(address, pointers), rows, self.workers)
         self.marker.add_(1)  # see EARLY
 
-    def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> None:
+    def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> SplitPartial:
         rows = len(batch.lengths) // self.row_tokens
         pointers = (out.o, out.lse, self.part_o, self.part_lse, batch.page_table, self._segments(rows))
         grid = (self.workers * self.cluster, 1, 1)
         maps, more = self._maps(q, rows, cache), self._more(cache, batch)
         self.partial.launch(grid, *maps, *map(address, pointers), batch.page_table.shape[1], *map(address, more))
-        pointers = (out.o, out.lse, self.part_o, self.part_lse, self.split, self.split_count)
-        self.merge.launch((self.MERGE_BLOCKS, 1, 1), *map(address, pointers))
+        splits = (self.part_o, self.part_lse, self.split, self.split_count)
+
+        def merge() -> None:
+            self.merge.launch((self.MERGE_BLOCKS, 1, 1), *map(address, (*out, *splits)))
+
+        return SplitPartial(out, *splits, merge)
 
     # 8 queries, or tokens, by 64 columns are the unit: what one swizzled matrix of the tensor cores holds.
 
@@ -213,13 +218,14 @@ class HopperGqa:
         self.schedule.launch((self.workers, 1, 1), *map(address, pointers), rows, max_pages)
         self.marker.add_(1)  # see EARLY
 
-    def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> None:
+    def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> Partial:
         rows, max_pages = batch.page_table.shape
         assert cache.v is not None
         maps = (self._map(cache.k), self._map(cache.v))
         pointers = (out.o, out.lse, self.part_o, self.part_lse, q, batch.page_table, batch.lengths, self.plan)
         scales = map(address, (cache.k_scale, cache.v_scale))
         self.partial.launch((self.blocks, 1, 1), *maps, *map(address, pointers), rows, max_pages, *scales)
+        return out
 
     def _map(self, pages: Tensor) -> TensorMap:
         """A token's elements as lines of 128 bytes, one or two, or as half of one; the map's elements have 2 bytes."""

@@ -49,6 +49,10 @@ class CheckedOps:
         self._expect_partial("of attend", out)
         return out
 
+    def attend_split(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Partial:
+        """See Ops.attend_split. What is checked has to be merged."""
+        return self.attend(q, cache, batch)
+
     def combine(self, o: Tensor, lse: Tensor) -> Partial:
         """See Ops.combine."""
         self._expect_partial("given to combine", Partial(o, lse))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from helixc_runtime.manifest import Groups, Plan, Rank
-from helixc_runtime.ops import Norm, Ops, Partial
+from helixc_runtime.ops import Norm, Ops, Partial, SplitPartial
 
 # Its name until torch 2.12 is deprecated since.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -41,7 +41,7 @@ class Comm(Protocol):
         """The exchanges and reductions from here to end_step are those of one decode step."""
         ...
 
-    def exchange(self, partial: Partial, ops: Ops, what: str) -> Tensor:
+    def exchange(self, partial: Partial | SplitPartial, ops: Ops, what: str) -> Tensor:
         """Attention over the KV of all cp ranks, of the heads that this rank keeps: partial [B, H, P] -> [B, H / C, P].
 
         `ops` merges what no kernel merges as it arrives. `what`, such as "layer 3 partials", is for errors.
@@ -133,8 +133,8 @@ class TorchComm:
 
     def check(self) -> None: ...
 
-    def exchange(self, partial: Partial, ops: Ops, what: str) -> Tensor:
-        received = self.all_to_all(partial)
+    def exchange(self, partial: Partial | SplitPartial, ops: Ops, what: str) -> Tensor:
+        received = self.all_to_all(partial.merged())
         return ops.combine(received.o, received.lse).o
 
     def reduce(

@@ -1,5 +1,5 @@
-"""Comm whose decode steps write into the other GPUs' memory: one launch for an exchange and its merge, one for a
-reduction with the residual and the norm after it.
+"""Comm whose decode steps write into the other GPUs' memory: one launch for an exchange and the merges around it, one
+for a reduction with the residual and the norm after it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from helixc_runtime.attend_cuda import address
 from helixc_runtime.comm import GroupName, PeerTimeout, TorchComm
 from helixc_runtime.cubin import check_arch
 from helixc_runtime.manifest import DTYPE_BYTES, Instance, Kernel, Rank
-from helixc_runtime.ops import Norm, Ops, Partial
-from helixc_runtime.ops_cuda import load_kernel
+from helixc_runtime.ops import Norm, Ops, Partial, SplitPartial
+from helixc_runtime.ops_cuda import EXCHANGES, load_kernel
 from helixc_runtime.peer_memory import open_inboxes
 from helixc_runtime.shape_checks import check_add_norm, expect_shape
 
 _WARP = 32
+_PIECE_COLUMNS = 64  # kPieceColumns of merge_exchange.cuh
+_PROCESSORS = 132  # of an H100 or H200
 
 
 class OneSidedComm(TorchComm):
-    """What `instance` says is one-sided is done by `kernels` (templates exchange and reduce), the rest by collectives.
+    """What `instance` says is one-sided is done by `kernels` (templates [merge_]exchange and reduce), else collectives.
 
     What a step needs of the step before it, how many messages there were, lies on the GPU: a step can be captured and
     replayed. Waits for a peer end after `patience` seconds: `check` then raises, and the rank must not go on.
@@ -45,12 +47,13 @@ class OneSidedComm(TorchComm):
         arch = check_arch([kernel.arch for kernel in kernels], device)
         chosen = [kernel for kernel in kernels if kernel.arch == arch]
         self._device, self._patience = device, patience
+        self._none = torch.zeros(1, dtype=torch.int32, device=device)  # rows in splits
         self._status = torch.zeros(4, dtype=torch.int32, pin_memory=device.type == "cuda")  # Status of inbox.cuh
         self._seen = self._status.numpy()
         self._calls: list[tuple[GroupName, str]] = []  # what the kernels know by its number
         self._exchange = self._reduce = None
         if instance.exchange == "one_sided":
-            kernel = _find(chosen, "exchange", cp=instance.cp)
+            kernel = _find(chosen, *EXCHANGES, cp=instance.cp)
             self._exchange = _Messages(self, kernel, "cp", instance.max_batch_size, artifact_dir)
         if instance.reduce_rows:
             kernel = _find(chosen, "reduce", members=len(rank.groups.ffn_tp))
@@ -75,20 +78,31 @@ class OneSidedComm(TorchComm):
                 f"rank {self.rank.rank} waited {self._patience:g} s for rank {gone} in vain: {what}, decode step {step}"
             )
 
-    def exchange(self, partial: Partial, ops: Ops, what: str) -> Tensor:
+    def exchange(self, partial: Partial | SplitPartial, ops: Ops, what: str) -> Tensor:
         kind = self._exchange
         if kind is None:
             return super().exchange(partial, ops, what)
-        params, rows = kind.kernel.params, len(partial.o)
-        heads, width = int(params["out_heads"]), int(params["partial_dim"])
-        kind.expect(rows, o=partial.o)
-        expect_shape("o", partial.o, (rows, heads * kind.members, width))
-        expect_shape("lse", partial.lse, (rows, heads * kind.members))
-        if partial.lse.dtype != torch.float32 or not partial.lse.is_contiguous():
-            raise ValueError(f"lse is {partial.lse.dtype}, or not contiguous, expected float32")
-        out = torch.empty(rows, heads, width, dtype=partial.o.dtype, device=partial.o.device)
-        warps = int(params["threads"]) // _WARP
-        kind.launch(-(-rows * heads // warps), (out, *partial), (rows, kind.rows), self._call("cp", what))
+        params, splits = kind.kernel.params, None
+        if isinstance(partial, SplitPartial) and kind.kernel.template == "merge_exchange":
+            splits, partial = partial, partial.partial
+        o, lse = partial.merged()
+        rows, heads, width = len(o), int(params["out_heads"]), int(params["partial_dim"])
+        kind.expect(rows, o=o)
+        expect_shape("o", o, (rows, heads * kind.members, width))
+        expect_shape("lse", lse, (rows, heads * kind.members))
+        if lse.dtype != torch.float32 or not lse.is_contiguous():
+            raise ValueError(f"lse is {lse.dtype}, or not contiguous, expected float32")
+        out = torch.empty(rows, heads, width, dtype=o.dtype, device=o.device)
+        blocks, call = -(-rows * heads // (int(params["threads"]) // _WARP)), self._call("cp", what)
+        if kind.kernel.template == "exchange":
+            kind.launch(blocks, (out, o, lse), (rows, kind.rows), call)
+            return out
+        mergers = kind.mergers(rows) if splits else 0
+        pointers = (splits.o, splits.lse, splits.rows, splits.count) if splits else (None, None, None, self._none)
+        if splits:
+            queries = heads * kind.members * int(params["row_tokens"])
+            expect_shape("the splits' o", splits.o, (len(splits.lse), queries, width))
+        kind.launch(mergers + blocks, (out, o, lse, *pointers), (rows, kind.rows, mergers), call)
         return out
 
     def reduce(
@@ -130,6 +144,12 @@ class _Messages:
         size = inbox_bytes(kernel, rows)
         self._inboxes = open_inboxes(size, group, self.members, self._index, comm, self._device)
 
+    def mergers(self, rows: int) -> int:
+        """Thread blocks for the splits of so many rows: what the GPU holds at once, if there is a piece for each."""
+        params = self.kernel.params
+        pieces = rows * int(params["out_heads"]) * self.members * pieces_of(self.kernel)
+        return min(_PROCESSORS * int(params["blocks"]), pieces)
+
     def launch(self, blocks: int, tensors: Sequence[Tensor | None], sizes: tuple[int, ...], call: int) -> None:
         """Send this rank's message and take in the others'."""
         group = (self._inboxes, self.progress, self._comm._status)
@@ -155,13 +175,19 @@ class _Messages:
 def inbox_bytes(kernel: Kernel, rows: int) -> int:
     """What one GPU's inbox takes, for messages of at most `rows` rows: see exchange.cuh and reduce.cuh."""
     params, size = kernel.params, DTYPE_BYTES[str(kernel.params["dtype"])]
-    if kernel.template == "exchange":
-        return 2 * int(params["cp"]) * rows * int(params["out_heads"]) * (int(params["partial_dim"]) * size + 4)
+    if kernel.template in EXCHANGES:
+        head = int(params["partial_dim"]) * size + 4 * pieces_of(kernel)
+        return 2 * int(params["cp"]) * rows * int(params["out_heads"]) * head
     return 2 * int(params["members"]) * rows * int(params["hidden"]) * size
 
 
-def _find(kernels: Sequence[Kernel], template: str, **params: int) -> Kernel:
+def pieces_of(kernel: Kernel) -> int:
+    """Pieces of a head that may be sent apart, each with its LSE."""
+    return int(kernel.params["partial_dim"]) // _PIECE_COLUMNS if kernel.template == "merge_exchange" else 1
+
+
+def _find(kernels: Sequence[Kernel], *templates: str, **params: int) -> Kernel:
     for kernel in kernels:
-        if kernel.template == template and params.items() <= kernel.params.items():
+        if kernel.template in templates and params.items() <= kernel.params.items():
             return kernel
-    raise ValueError(f"the rank has no {template} kernel for {params}")
+    raise ValueError(f"the rank has no {templates[0]} kernel for {params}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -20,6 +21,30 @@ class Partial(NamedTuple):
 
     o: Tensor  # [B, H, D] dtype of the model
     lse: Tensor  # [B, H] float32
+
+    def merged(self) -> Partial:
+        """Itself: as SplitPartial.merged."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPartial:
+    """A partial some of whose rows still lie in splits. Which and how many, R at most, is known to the GPU only.
+
+    Of those rows `partial` has nothing yet. The splits are overwritten by the next attend.
+    """
+
+    partial: Partial
+    o: Tensor  # [splits, Q, D] dtype of the model; Q: the queries of as many tokens as the schedule takes for a row
+    lse: Tensor  # [splits, Q] float32
+    rows: Tensor  # [R, 4] int32: row of the schedule, first split, number of splits
+    count: Tensor  # [1] int32, of `rows`
+    merge: Callable[[], None]  # enqueues what fills the rest of `partial`
+
+    def merged(self) -> Partial:
+        """The whole partial."""
+        self.merge()
+        return self.partial
 
 
 class Norm(NamedTuple):
@@ -133,6 +158,10 @@ class Ops(Protocol):
 
     def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Partial:
         """Softmax attention of q [B, H, D] over each row's first `lengths` local tokens, scaled by softmax_scale."""
+        ...
+
+    def attend_split(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Partial | SplitPartial:
+        """attend, where Comm.exchange takes the result: what is left in splits it merges as it sends."""
         ...
 
     def combine(self, o: Tensor, lse: Tensor) -> Partial:

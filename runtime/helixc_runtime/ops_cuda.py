@@ -19,7 +19,7 @@ from helixc_runtime.ffn_shape import FfnShape
 from helixc_runtime.kv import KvCache
 from helixc_runtime.manifest import Kernel
 from helixc_runtime.models.rotary import Rotary
-from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Norm, Partial, Projections
+from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Norm, Partial, Projections, SplitPartial
 from helixc_runtime.shape_checks import check_add_norm, check_append, check_attend, check_combine, expect_shape
 from helixc_runtime.switches import read_switches
 from helixc_runtime.watched_kernel import WatchedKernel
@@ -32,11 +32,14 @@ ARGUMENTS = {
     "batch": ("pointer",) * 9 + ("int32",) * 3,
     "combine": ("pointer",) * 4 + ("int32",),
     "exchange": ("pointer",) * 7 + ("int32",) * 5,  # the limit in nanoseconds is as wide as a pointer
+    "merge_exchange": ("pointer",) * 11 + ("int32",) * 6,
     "reduce": ("pointer",) * 10 + ("int32",) * 4,
     **ATTEND_ARGUMENTS,
     **FFN_ARGUMENTS,
 }
-_EARLY = EARLY | FFN_EARLY | {"exchange", "reduce"}  # the last two wait before they read anything
+EXCHANGES = ("exchange", "merge_exchange")
+# Those between ranks wait before they read anything, but for the schedule.
+_EARLY = EARLY | FFN_EARLY | {*EXCHANGES, "reduce"}
 _NO_GROUP = (0,) * 8  # a reduction of one rank's summand: its group's arguments
 
 
@@ -67,8 +70,8 @@ class CudaOps:
         self.shape = shape
         self.device = device
         of_ffn = [kernel for kernel in chosen if kernel.template in FFN_ARGUMENTS]
-        chosen = [kernel for kernel in chosen if kernel.template not in FFN_ARGUMENTS]
-        chosen = [kernel for kernel in chosen if kernel.template != "exchange" and kernel.params.get("members", 1) == 1]
+        chosen = [kernel for kernel in chosen if kernel.template not in (*FFN_ARGUMENTS, *EXCHANGES)]
+        chosen = [kernel for kernel in chosen if kernel.params.get("members", 1) == 1]
         several = ("combine", "reduce")  # kernels of one template
         self._kernels = {kernel.template: kernel for kernel in chosen if kernel.template not in several}
         self._combines = {int(kernel.params["cp"]): kernel for kernel in chosen if kernel.template == "combine"}
@@ -145,6 +148,10 @@ class CudaOps:
 
     def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Partial:
         """See Ops.attend. Raises ValueError on a wrong shape, dtype, device or memory layout."""
+        return self.attend_split(q, cache, batch).merged()
+
+    def attend_split(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Partial | SplitPartial:
+        """See Ops.attend_split. Raises ValueError as attend."""
         check_attend(self.shape, q, cache, batch)
         self._expect(self.shape.dtype, q=q)
         self._expect(self.shape.kv_dtype, cache_k=cache.k, cache_v=cache.v)
@@ -153,9 +160,7 @@ class CudaOps:
         if self._step is not batch:
             self.begin_step(batch)
         out = self._empty_partial(len(q), self.shape.heads)
-        if len(q):
-            self._attend.attend(q, cache, batch, out)
-        return out
+        return self._attend.attend(q, cache, batch, out) if len(q) else out
 
     def combine(self, o: Tensor, lse: Tensor) -> Partial:
         """See Ops.combine. Raises ValueError on a wrong shape, dtype, device, layout or number of partials."""

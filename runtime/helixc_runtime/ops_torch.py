@@ -72,6 +72,10 @@ class TorchOps:
                     o[token], lse[token] = self._attend_token(q[token].to(compute), k[:, :length], v[:, :length])
         return Partial(o.to(q.dtype), lse)
 
+    def attend_split(self, q: Tensor, cache: LayerCache, batch: DecodeBatch) -> Partial:
+        """See Ops.attend_split: nothing is left in splits."""
+        return self.attend(q, cache, batch)
+
     def combine(self, o: Tensor, lse: Tensor) -> Partial:
         """See Ops.combine. Raises ValueError on a shape mismatch."""
         check_combine(self.shape, o, lse)

@@ -77,7 +77,7 @@ class GqaAttention:
 
     def decode(self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, comm: Comm) -> Tensor:
         q = ops.append(self._project(layer, x, ops.linear), cache, batch)
-        out = comm.exchange(ops.attend(q, cache, batch), ops, f"layer {layer} partials")  # [B, H / C, D]
+        out = comm.exchange(ops.attend_split(q, cache, batch), ops, f"layer {layer} partials")  # [B, H / C, D]
         return ops.linear(out.flatten(1), self.weights("o", layer))
 
     def _project(self, layer: int, x: Tensor, linear: Linear = F.linear) -> GqaProjections:
@@ -119,7 +119,8 @@ class MlaAttention:
         absorbed = ops.linear(q_nope, self.weights("k_up", layer).transpose(1, 2))
         new = MlaProjections(absorbed, q_rope, kv, self.weights("kv_a_norm", layer))
         q = ops.append(new, cache, batch)
-        merged = comm.exchange(ops.attend(q, cache, batch), ops, f"layer {layer} partials")  # [B, H / C, latent]
+        partial = ops.attend_split(q, cache, batch)
+        merged = comm.exchange(partial, ops, f"layer {layer} partials")  # [B, H / C, latent]
         out = ops.linear(merged, self.weights("v_up", layer))
         return ops.linear(out.flatten(1), self.weights("o", layer))
 

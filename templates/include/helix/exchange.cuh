@@ -3,8 +3,9 @@
 //   o [rows, N * H, P], lse [rows, N * H] of this rank's KV  ->  o_out [rows, H, P] over all N ranks' KV
 //
 // Head n * H + j goes to member n, as its head j. An inbox holds [2 halves][N senders][max_rows][H][P] of O, then
-// [2][N][max_rows][H] LSE in float32. The merge is combine.cuh's, in float32, over the members in their order; parts
-// without tokens (lse = -inf) are neither sent nor used, but for their LSE.
+// [2][N][max_rows][H][pieces] LSE in float32, one for each piece of a head that may come by itself (here 1, the head).
+// The merge is combine.cuh's, in float32, over the members in turn from this one on; parts without tokens (lse = -inf)
+// are neither sent nor used, but for their LSE.
 //
 // One warp a (row, own head): it sends the heads that the same warp on every other GPU waits for, then waits for what
 // those send. So no thread block waits for another one of its own GPU, and any grid makes progress.
@@ -29,7 +30,7 @@ template <class C> struct ExchangeInbox {
   }
   HELIX_DEVICE u32* lse(u8* inbox, int sender, i64 unit) const {
     u8* after = inbox + 2 * i64(C::members) * units * kVectors * 16;
-    return reinterpret_cast<u32*>(after) + place(sender, unit);
+    return reinterpret_cast<u32*>(after) + place(sender, unit) * C::pieces;
   }
 };
 
@@ -87,13 +88,16 @@ template <class C> struct Merge {
 };
 
 // What `sender` sent of this rank's head: its LSE and, unless that is -inf, its O. The places are empty afterwards.
+// All pieces have the same LSE.
 template <class C>
 HELIX_DEVICE float receive(Head<C>& head, Vector16* o, u32* lse, const Group& group, int sender) {
-  u32 word = load_from_inbox(lse);
+  const int lane = int(threadIdx.x) % kWarp;
+  u32* own = lse + lane % C::pieces;
+  u32 word = load_from_inbox(own);
   head.each([&](int round, int i) { head.parts[round] = load_from_inbox(o + i); });  // likely there, too
-  if (!arrived(word)) word = receive(lse, group, sender);
-  __syncwarp();  // all lanes have read the LSE
-  if (threadIdx.x % kWarp == 0) forget(lse);
+  if (!arrived(word)) word = receive(own, group, sender);
+  word = __shfl_sync(0xffffffffu, word, 0);  // all lanes have read theirs
+  if (lane < C::pieces) forget(own);
   const float found = __int_as_float(int(word));
   if (is_minus_infinity(found)) return found;
   head.each([&](int round, int i) {
@@ -103,50 +107,54 @@ HELIX_DEVICE float receive(Head<C>& head, Vector16* o, u32* lse, const Group& gr
   return found;
 }
 
+// One head of one row, by a warp. `whole`: this rank's part is in `o` and `lse`, and goes to the others from here; else
+// it comes through the inboxes, this rank's own included, from thread blocks that merge it.
 template <class C>
-HELIX_DEVICE void exchange(typename C::Element* o_out, const typename C::Element* o, const float* lse,
-                           const Group& group, int rows, int max_rows) {
+HELIX_DEVICE void exchange_head(typename C::Element* o_out, const typename C::Element* o, const float* lse,
+                                const Group& group, const ExchangeInbox<C>& inbox, i64 unit, bool whole) {
   constexpr int vectors = Head<C>::kVectors;
-  const i64 unit = i64(blockIdx.x) * (C::threads / kWarp) + threadIdx.x / kWarp;
-  const i64 row = unit / C::heads, head = unit % C::heads;
-  wait_for_previous_kernels();
-  let_next_kernel_start();
-  if (row >= rows) return;
-  const ExchangeInbox<C> inbox(group, max_rows);
-  const i64 first = row * C::members * C::heads + head;  // this head of member 0, among all heads
+  const int lane = int(threadIdx.x) % kWarp;
+  const i64 first = unit / C::heads * C::members * C::heads + unit % C::heads;  // this head of member 0, among all
   const auto part = [&](int member) { return first + i64(member) * C::heads; };
   const auto local = [&](int member) { return reinterpret_cast<const Vector16*>(o) + part(member) * vectors; };
 
-  Head<C> sent;
-  for (int step = 1; step < C::members; ++step) {
+  Head<C> head;
+  for (int step = 1; step < C::members && whole; ++step) {
     const int member = (group.rank + step) % C::members;
     u8* to = group.inbox(member);
     const float part_lse = lse[part(member)];
-    sent.load(local(member));  // without waiting for the LSE; what is empty may hold anything
+    head.load(local(member));  // without waiting for the LSE; what is empty may hold anything
     if (!is_minus_infinity(part_lse)) {
       Vector16* place = inbox.o(to, group.rank, unit);
-      sent.each([&](int round, int i) { store_to_peer(place + i, sendable(sent.parts[round])); });
+      head.each([&](int round, int i) { store_to_peer(place + i, sendable(head.parts[round])); });
     }
-    if (threadIdx.x % kWarp == 0) {
-      store_to_peer(inbox.lse(to, group.rank, unit), sendable(u32(__float_as_int(part_lse))));
+    if (lane < C::pieces) {
+      store_to_peer(inbox.lse(to, group.rank, unit) + lane, sendable(u32(__float_as_int(part_lse))));
     }
   }
 
   u8* own = group.inbox(group.rank);
-  Head<C> kept, received;
-  const float kept_lse = lse[part(group.rank)];
-  kept.load(local(group.rank));  // before the wait for the others
   Merge<C> merge;
-  for (int member = 0; member < C::members; ++member) {
-    if (member == group.rank) {
-      merge.add(kept, kept_lse);
-    } else {
-      const float part_lse =
-          receive(received, inbox.o(own, member, unit), inbox.lse(own, member, unit), group, member);
-      merge.add(received, part_lse);
-    }
+  if (whole) {  // while the others' are on their way
+    head.load(local(group.rank));
+    merge.add(head, lse[part(group.rank)]);
+  }
+  for (int step = whole ? 1 : 0; step < C::members; ++step) {
+    const int member = (group.rank + step) % C::members;
+    const float part_lse = receive(head, inbox.o(own, member, unit), inbox.lse(own, member, unit), group, member);
+    merge.add(head, part_lse);
   }
   merge.store(reinterpret_cast<Vector16*>(o_out) + unit * vectors);
+}
+
+template <class C>
+HELIX_DEVICE void exchange(typename C::Element* o_out, const typename C::Element* o, const float* lse,
+                           const Group& group, int rows, int max_rows) {
+  const i64 unit = i64(blockIdx.x) * (C::threads / kWarp) + threadIdx.x / kWarp;
+  wait_for_previous_kernels();
+  let_next_kernel_start();
+  if (unit >= i64(rows) * C::heads) return;
+  exchange_head<C>(o_out, o, lse, group, ExchangeInbox<C>(group, max_rows), unit, true);
 }
 
 }  // namespace helix

@@ -29,11 +29,10 @@ template <class C> HELIX_DEVICE float finite(float top) {
   return C::row_tokens > 1 && is_minus_infinity(top) ? 0.0f : top;
 }
 
-// Partials first, first + stride, ... of one strip, eight at a time.
-template <class C>
+// Partials first, first + stride, ... of one strip, so many at a time.
+template <class C, int kBatch = 8>
 HELIX_DEVICE Merged merge_strip(const bfloat16* part_o, const float* part_lse, SplitRow row, int head,
                                 int column, int first, int stride) {
-  constexpr int kBatch = 8;
   Merged sum;
   for (int base = first; base < row.count; base += stride * kBatch) {
     float values[kBatch][8], weight[kBatch], largest = sum.top;

@@ -1,0 +1,245 @@
+"""The exchange of partials that are still in splits, among GPUs that are threads of this process."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from helixc.codegen.problem import exchange
+from helixc_runtime.attention_shape import AttentionShape
+from helixc_runtime.ops import Partial
+from helixc_runtime.ops_torch import TorchOps
+from tests.gpu.kernel_cases import check_partial, mla
+from tests.simt.bugs import Bug, planted
+from tests.simt.cpu_kernel import CpuKernel, Gpu
+from tests.simt.test_exchange_on_cpu import Gpus
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+MAX_ROWS = 3  # of the schedule
+BOUND = 6e-3  # relative Frobenius error of o: each rank's part is rounded to bfloat16, and so is their merge
+FEW, SOME, MANY = 20, 40, 90  # splits that a warp has under way at once; for all its warps; and more than four have
+
+
+@dataclass(frozen=True)
+class Part:
+    """What attention leaves on one rank."""
+
+    whole: Partial  # [N, H, P], NaN in the rows that are split
+    o: Tensor  # [splits, Q, P]
+    lse: Tensor  # [splits, Q]
+    rows: Tensor  # [rows, 4]
+    count: Tensor  # [1]
+
+    @property
+    def merged(self) -> Partial:
+        """In float64, [N, H, P]."""
+        o, lse = (t.double() for t in self.whole)
+        tokens = len(o) // MAX_ROWS if len(self.rows) == 0 else self.o.shape[1] // o.shape[1]
+        for row, first, count, _ in self.rows[: int(self.count)].tolist():
+            own = slice(first, first + count)
+            parts = (t[own].double().unflatten(1, (tokens, o.shape[1])) for t in (self.o, self.lse))
+            at = slice(row * tokens, (row + 1) * tokens)
+            o[at], lse[at] = TorchOps(mla(8, 32)).combine(*parts)
+        return Partial(o, lse)
+
+
+def random_part(shape: AttentionShape, tokens: int, rows: int, draw: random.Random) -> Part:
+    """Some rows whole, some empty with NaN in memory, some split, of which one query token may see nothing."""
+    generator = torch.Generator().manual_seed(draw.randrange(1 << 30))
+
+    def normal(*size: int) -> Tensor:
+        x = torch.randn(*size, generator=generator)
+        x[torch.rand(size, generator=generator) < 0.1] = -0.0
+        return x
+
+    heads, width = shape.heads, shape.partial_dim
+    o, lse = normal(rows * tokens, heads, width).bfloat16(), 4 * normal(rows * tokens, heads)
+    some = [0, 0, 0, 2, 3, draw.randint(4, FEW), draw.randint(4, FEW), draw.randint(FEW + 1, SOME)]
+    counts = [MANY if draw.random() < 0.05 else draw.choice(some) for _ in range(rows)]
+    split = torch.zeros(max(1, rows), 4, dtype=torch.int32)
+    given = 0
+    for row, count in enumerate(counts):
+        own = slice(row * tokens, (row + 1) * tokens)
+        if count:
+            o[own], lse[own] = torch.nan, torch.nan
+            split[given] = torch.tensor([row, sum(counts[:row]), count, -1])
+            given += 1
+        elif draw.random() < 0.4:
+            o[own], lse[own] = torch.nan, -torch.inf
+    split[given:] = -7  # what is there is not of this step
+    part_o = normal(sum(counts) + 1, tokens * heads, width).bfloat16()
+    part_lse = 4 * normal(sum(counts) + 1, tokens * heads)
+    if tokens > 1:  # the first token sees nothing, of some splits or of all
+        part_lse[torch.rand(len(part_lse), generator=generator) < draw.choice([0.3, 1.0]), :heads] = -torch.inf
+    return Part(Partial(o, lse), part_o, part_lse, split, torch.tensor([given], dtype=torch.int32))
+
+
+class MergeExchange(Gpus):
+    """The exchange of one attention shape; each GPU has its own number of thread blocks that merge."""
+
+    def __init__(
+        self, shape: AttentionShape, cp: int, folder: Path, mergers: list[int], root: Path | None = None
+    ) -> None:
+        spec = exchange(shape, cp, "sm_90a")
+        assert spec.template == "merge_exchange"
+        self.shape, self.mergers, self.tokens = shape, mergers, int(dict(spec.params)["row_tokens"])
+        units = MAX_ROWS * self.tokens * shape.heads // cp
+        super().__init__(spec, cp, 2 * cp * units * (shape.partial_dim // 2 + 8), folder, root)
+
+    def __call__(self, rank: int, index: int, part: Part, *, without: bool = False) -> Tensor:
+        """`without`: as for a partial that is whole."""
+        rows, heads = len(part.whole.o), self.shape.heads // self.members
+        out = torch.full((rows, heads, self.shape.partial_dim), torch.nan, dtype=torch.bfloat16)
+        splits: list[Tensor | None] = [part.o, part.lse, part.rows, part.count]
+        mergers = 0 if without else self.mergers[rank]
+        if without:
+            splits = [None, None, None, torch.zeros(1, dtype=torch.int32)]
+        blocks = mergers - (-rows * heads // (self.threads // 32))
+        sizes = [rows, MAX_ROWS * self.tokens, mergers]
+        self.launch(rank, index, blocks, [out, *part.whole, *splits], sizes)
+        return out
+
+
+def check_exchanges(gpus: MergeExchange, steps: int, calls: int, seed: int, slow: int = 20) -> list[bytes]:
+    """`steps` steps of `calls` exchanges each, ranks delayed at random: every result, and no word left over."""
+    draw, shape, cp = random.Random(seed), gpus.shape, gpus.members
+    work = [[random_part(shape, gpus.tokens, rows, draw) for _ in range(cp)]
+            for rows in (draw.randint(1, MAX_ROWS) for _ in range(steps * calls))]  # fmt: skip
+    gpus.slow_down(seed % cp, slow)
+    delays = [[draw.choice((0, 0, 0, 0.003)) for _ in work] for _ in range(cp)]
+    results: list[list[Tensor]] = [[] for _ in range(cp)]
+
+    def body(rank: int) -> None:
+        for number, parts in enumerate(work):
+            time.sleep(delays[rank][number])
+            results[rank].append(gpus(rank, number % calls, parts[rank]))
+            gpus.progress[rank, 0] += calls * (number % calls == calls - 1)
+
+    gpus.together(body)
+    assert gpus.at_rest()
+    heads = shape.heads // cp
+    for number, parts in enumerate(work):
+        wanted = [part.merged for part in parts]
+        for rank in range(cp):
+            mine = slice(rank * heads, (rank + 1) * heads)
+            o, lse = (torch.stack([part[i][:, mine] for part in wanted]) for i in (0, 1))
+            want = TorchOps(shape).combine(o, lse)
+            check_partial(Partial(results[rank][number], want.lse), want, BOUND)
+    return [got.view(torch.uint8).numpy().tobytes() for of_rank in results for got in of_rank]
+
+
+@pytest.fixture
+def seed(seed: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Also of the order of events on the GPUs."""
+    monkeypatch.setattr(CpuKernel, "gpu", Gpu(4, seed), raising=False)
+    return seed
+
+
+SHAPES = {
+    "h16 cp2": (mla(16, 32), 2),
+    "h24 cp3": (mla(24, 32), 3),
+    "h72 cp2": (mla(72, 64), 2),  # thread blocks of four warps
+    "h16 cp4, 3 tokens": (mla(16, 32, query_tokens=3), 4),
+    "h8 cp8, fp8": (mla(8, 32, kv_dtype="float8_e4m3fn"), 8),
+}
+
+
+@pytest.mark.parametrize(("shape", "cp"), SHAPES.values(), ids=SHAPES.keys())
+def test_exchanges_in_a_row(shape: AttentionShape, cp: int, tmp_path: Path, seed: int) -> None:
+    """Whatever rows each rank has split, and with few thread blocks on each GPU at once; twice the same bits."""
+    draw, bits = random.Random(seed), set()
+    for run in ("first", "second"):
+        (tmp_path / run).mkdir()
+        mergers = [draw.choice([1, 2, 7, 64, 300]) for _ in range(cp)]
+        gpus = MergeExchange(shape, cp, tmp_path / run, mergers)
+        bits.add(tuple(check_exchanges(gpus, steps=3, calls=2, seed=seed)))
+    assert len(bits) == 1, "the result depends on the order of events"
+
+
+def test_a_whole_partial(tmp_path: Path, seed: int) -> None:
+    """One rank's splits were merged before, as those of its other exchanges are not."""
+    shape, draw = mla(16, 32), random.Random(seed)
+    gpus = MergeExchange(shape, 2, tmp_path, [5, 5])
+    parts = [random_part(shape, 1, 3, draw) for _ in range(2)]
+    o, lse = parts[0].merged
+    first = replace(parts[0], whole=Partial(o.bfloat16(), lse.float()))
+    results: dict[int, Tensor] = {}
+
+    def body(rank: int) -> None:
+        results[rank] = gpus(rank, 0, (first, parts[1])[rank], without=rank == 0)
+
+    gpus.together(body)
+    assert gpus.at_rest()
+    both = [part.merged for part in parts]
+    for rank in range(2):
+        mine = slice(rank * 8, rank * 8 + 8)
+        want = TorchOps(shape).combine(*(torch.stack([part[i][:, mine] for part in both]) for i in (0, 1)))
+        check_partial(Partial(results[rank], want.lse), want, BOUND)
+
+
+def test_a_peer_that_is_gone_is_named(tmp_path: Path, seed: int) -> None:
+    shape = mla(24, 32)
+    gpus = MergeExchange(shape, 3, tmp_path, [9, 9, 9])
+    gpus.limit_s = 0.2
+    gpus.progress += 40
+    draw = random.Random(seed)
+    parts = [random_part(shape, 1, 2, draw) for _ in range(3)]
+    started = time.monotonic()
+
+    def body(rank: int) -> None:
+        gpus(rank, 2, parts[rank])
+
+    gpus.together(body, range(2))
+    assert time.monotonic() - started < 5
+    assert gpus.status.tolist() == [[1, 2, 40, 102], [1, 2, 40, 102], [0, 0, 0, 0]]
+
+
+BUGS = [
+    # Who merges what.
+    Bug("merge_exchange", "through - batches)};", "through)};"),
+    Bug("merge_exchange", "before = __shfl_sync(0xffffffffu, through, kWarp - 1);", ""),
+    Bug("merge_exchange", "found |= splits.rows[i].row == row;", "found |= i == row;"),
+    Bug("merge_exchange", "deal_batch<C>(splits, count, batch += mergers)", "deal_batch<C>(splits, count, batch += 1)"),
+    Bug("merge_exchange", "int(unit / (C::heads * C::row_tokens))", "int(unit / C::heads)"),
+    Bug("merge_exchange", "warp * Batch::kSlots : 0", "warp : 0"),
+    Bug("merge_exchange", "? Batch::kSlots * Batch::kWarps : Batch::kSlots;", "? Batch::kSlots : Batch::kSlots;"),
+    # The merge.
+    Bug("merge_exchange", "sum.top = largest, sum.total *= weight;", "sum.total *= weight;"),
+    Bug("merge_exchange", "sum.values[c] *= weight;", ";"),
+    Bug("merge_exchange", "merge_over_lanes<C>(sum);", ""),
+    Bug("merge_exchange", "if (many) merge_over_warps<C>(sum, shared);", ""),
+    Bug("merge_exchange", "sum.total += weight * shared.totals[w];", "sum.total += shared.totals[w];"),
+    Bug("merge_exchange", "__syncthreads();  // before the next batch's sums", ""),
+    Bug("merge_exchange", "const float lse = sum.top + logf(sum.total)", "const float lse = sum.top"),
+    # What is sent.
+    Bug("merge_exchange", "member = head / C::heads;", "member = (head / C::heads + 1) % C::members;"),
+    Bug("merge_exchange", "unit = token * C::heads + head % C::heads;", "unit = row * C::heads + head % C::heads;"),
+    Bug("merge_exchange", "if (!is_minus_infinity(lse)) {", "{"),
+    Bug("merge_exchange", "piece * kPieceLanes + lane, sendable(packed)", "piece * kPieceLanes + lane, packed"),
+    Bug("merge_exchange", "+ piece, sendable(u32(", ", sendable(u32("),
+    Bug("merge_exchange", "(warp == 0 || !many)", "true"),
+    # What is received.
+    Bug("exchange", "for (int step = whole ? 1 : 0; step", "for (int step = 1; step"),
+    Bug("exchange", "step < C::members && whole; ++step", "step < C::members; ++step"),
+    Bug("exchange", "if (lane < C::pieces) forget(own);", "if (lane == 0) forget(own);"),
+    Bug("exchange", "u32* own = lse + lane % C::pieces;", "u32* own = lse;"),
+    Bug("exchange", "if (lane < C::pieces) {", "if (lane == 0) {"),
+    Bug("exchange", "place(sender, unit) * C::pieces;", "place(sender, unit);"),
+]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=str)
+def test_a_wrong_exchange_is_noticed(bug: Bug, tmp_path: Path, seed: int) -> None:
+    root = planted(tmp_path, [bug])
+    gpus = MergeExchange(mla(16, 32, query_tokens=2), 2, tmp_path, [3, 50], root)
+    gpus.limit_s = 0.3
+    with pytest.raises(AssertionError):
+        check_exchanges(gpus, steps=3, calls=2, seed=seed, slow=200)
