@@ -43,7 +43,7 @@ def _bound(gpu: Gpu, kernel: Kernel, moved: int, operations: int) -> Roofline:
 
 def _sends(kernel: Kernel) -> bool:
     """Whether what it moves are the bytes it sends to other GPUs."""
-    return kernel.template == "exchange" or int(kernel.params.get("members", 1)) > 1
+    return kernel.template in ("exchange", "merge_exchange") or int(kernel.params.get("members", 1)) > 1
 
 
 def _ffn_work(kernel: Kernel, rows: int) -> tuple[int, int]:
@@ -71,7 +71,7 @@ def _work(plan: Plan, instance: Instance, rank: Rank, kernel: Kernel) -> tuple[i
     if kernel.template == "combine":
         partials = rows * (heads // instance.cp) * (arch.partial_dim * size + 4)
         return (instance.cp + 1) * partials, 0
-    if kernel.template == "exchange":
+    if kernel.template in ("exchange", "merge_exchange"):
         return (instance.cp - 1) * rows * (heads // instance.cp) * (arch.partial_dim * size + 4), 0
     if kernel.template == "reduce":
         others = int(kernel.params["members"]) - 1

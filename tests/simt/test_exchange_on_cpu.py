@@ -197,17 +197,17 @@ def test_a_peer_that_is_gone_is_named(tmp_path: Path, seed: int) -> None:
         ("half(group.half())", "half(0)"),
         ("return word == kNothing ? 0 : word;", "return word;"),
         (
-            "const i64 first = row * C::members * C::heads + head;",
-            "const i64 first = row * C::members * C::heads + (head + 1) % C::heads;",
+            "C::members * C::heads + unit % C::heads;",
+            "C::members * C::heads + (unit + 1) % C::heads;",
         ),
         (
             "weight = expf(lse - largest_now);",
             "weight = exp2f(lse - largest_now);",
         ),
         ("if (!is_minus_infinity(part_lse)) {", "{"),
-        ("group.rank, unit), sendable(u32(", "group.rank, unit), (u32("),
+        ("group.rank, unit) + lane, sendable(u32(", "group.rank, unit) + lane, (u32("),
         ("total = total * before + weight;", "total = total + weight;"),
-        ("if (!arrived(word)) word = receive(lse, group, sender);", ""),
+        ("if (!arrived(word)) word = receive(own, group, sender);", ""),
         ("if (!arrived(head.parts[round])) head.parts[round] =", "if (false) head.parts[round] ="),
     ],
 )

@@ -27,14 +27,14 @@ from helixc_runtime.job import Request
 from helixc_runtime.manifest import Kernel, Plan, Rank
 from helixc_runtime.models.decoder import Decoder
 from helixc_runtime.one_sided import OneSidedComm
-from helixc_runtime.ops import Norm, Partial
+from helixc_runtime.ops import Norm, Partial, SplitPartial
 from helixc_runtime.ops_torch import TorchOps
 from helixc_runtime.peer_memory import NOTHING
 from helixc_runtime.reference import kept_logits
 from tests import threads
 from tests.deployments import plan_of, role
-from tests.gpu.kernel_cases import relative_error
-from tests.simt.cpu_kernel import CpuKernel, Gpu, build
+from tests.gpu.kernel_cases import check_partial, random_case, relative_error, to_double
+from tests.simt.cpu_kernel import CpuKernel, Gpu, build, cpu_ops
 from tests.threads import ThreadDist, calls_of
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -78,12 +78,12 @@ def host(seed: int, monkeypatch: pytest.MonkeyPatch) -> Host:
     return host
 
 
-def with_kernels(plan: Plan, folder: Path) -> tuple[Plan, Callable[[Rank], Path]]:
+def with_kernels(plan: Plan, folder: Path, arch: str = ARCH) -> tuple[Plan, Callable[[Rank], Path]]:
     """The plan with its one-sided kernels built, and the folder of a rank: each has its own copy, as a GPU has."""
     libraries, kernels = [], []
-    for source in render_all(select(plan, (ARCH,))):
+    for source in render_all(select(plan, (arch,))):
         planned = source.config.planned()
-        if planned.template in ("exchange", "reduce"):
+        if planned.template in ("exchange", "merge_exchange", "reduce"):
             libraries.append(build(source))
             kernels.append(replace(planned, cubin=libraries[-1].name))
 
@@ -211,6 +211,48 @@ def test_a_deployment_computes_the_same(
     for request in requests:
         theirs, ours = (kept_logits(tmp_path / name, request) for name in ("collective", "one_sided"))
         assert (theirs - ours).abs().max() <= 1e-4
+
+
+def test_from_attention_to_the_exchange(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Attention and Comm of two ranks, on GPUs that cut rows differently: merged before the exchange, and by it."""
+    plan = plan_of("deepseek-v3-lite", None, role(cp=2, batch=4, block=32), dtype="bfloat16")
+    instance = replace(plan.instances[0], reduce_rows=0)
+    plan, folder_of = with_kernels(replace(plan, instances=(instance,)), tmp_path, "sm_90a")
+    monkeypatch.setattr(one_sided, "check_arch", lambda arches, device: "sm_90a")
+    shape, draw = attention_shape(plan.model, plan.ranks[0], 32), random.Random(seed)
+    lengths = [[draw.randint(300, 900), 0, 64, 1], [draw.choice([0, 100]), 0, draw.randint(200, 500), 2]]
+    cases = [random_case(shape, of_rank, CPU, seed + i, appended=True) for i, of_rank in enumerate(lengths)]
+    cases[1] = replace(cases[1], q=cases[0].q)
+    exact = [TorchOps(shape).attend(case.q.double(), to_double(case.cache), case.batch) for case in cases]
+    folder = tmp_path / "attention"
+    folder.mkdir()
+    idle = ("append", "combine")
+    each = [cpu_ops(shape, 2, folder, monkeypatch, Gpu(n, seed), None, "sm_90a", idle=idle) for n in (7, 12)]
+    left: list[list[Partial | SplitPartial]] = []
+    for ops, case in zip(each, cases, strict=True):
+        merged, split = ops.attend(case.q, case.cache, case.batch), ops.attend_split(case.q, case.cache, case.batch)
+        assert isinstance(split, SplitPartial) and int(split.count) > 0
+        left.append([merged, split])
+    results: dict[int, list[Tensor]] = {}
+
+    def body(rank: Rank) -> None:
+        comm = OneSidedComm(rank, {}, instance, plan.kernels, folder_of(rank), CPU, 20.0)
+        comm.begin_step()
+        both = [comm.exchange(partial, each[rank.cp_rank], "partials") for partial in left[rank.cp_rank]]
+        wrong = replace(left[rank.cp_rank][1], o=torch.zeros(3, 8, 512))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="the splits' o has shape"):
+            comm.exchange(wrong, each[rank.cp_rank], "of another schedule")
+        comm.end_step()
+        comm.check()
+        results[rank.cp_rank] = both
+
+    run(plan, body)
+    assert host.at_rest()
+    for rank in range(2):
+        mine = slice(rank * 8, rank * 8 + 8)
+        want = TorchOps(shape).combine(*(torch.stack([part[i][:, mine] for part in exact]) for i in (0, 1)))
+        for got in results[rank]:
+            check_partial(Partial(got, want.lse), want, 6e-3)
 
 
 def test_a_peer_that_never_sends_is_named(host: Host, tmp_path: Path, seed: int) -> None:
