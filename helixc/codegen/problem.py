@@ -54,12 +54,7 @@ def attention(shape: AttentionShape, arch: str) -> tuple[KernelSpec, ...]:
 
 
 def exchange(shape: AttentionShape, cp: int, arch: str) -> KernelSpec:
-    """The exchange among `cp` ranks that write into each other's memory, and the merge of what arrives.
-
-    Where attention leaves the splits of a rank to another kernel, that is this one: it saves a launch and a trip
-    through memory. Only Hopper's MLA does: its GQA merges within its own launch, and the portable kernels' splits lie
-    otherwise.
-    """
+    """The exchange among `cp` ranks that write into each other's memory, and the merge of what arrives."""
     heads = shape.heads // cp
     params: Params = (
         ("cp", cp),
@@ -68,10 +63,22 @@ def exchange(shape: AttentionShape, cp: int, arch: str) -> KernelSpec:
         ("dtype", shape.dtype),
     )
     name = f"exchange_cp{cp}_h{heads}_p{shape.partial_dim}_{_SHORT[shape.dtype]}"
-    if arch == "sm_90a" and _hopper_mla(shape) and not read_switches().portable:
-        tokens = _row_tokens(shape)
-        return KernelSpec(f"merge_{name}{_several(tokens)}", "merge_exchange", (*params, ("row_tokens", tokens)), arch)
     return KernelSpec(name, "exchange", params, arch)
+
+
+def merge_exchange(shape: AttentionShape, cp: int, arch: str) -> KernelSpec:
+    """The same, and the merge of a rank's own splits as they are sent: a launch and a trip through memory less."""
+    plain, tokens = exchange(shape, cp, arch), _row_tokens(shape)
+    params: Params = (*plain.params, ("row_tokens", tokens))
+    return KernelSpec(f"merge_{plain.name}{_several(tokens)}", "merge_exchange", params, arch)
+
+
+def merges_as_it_sends(shape: AttentionShape, arch: str) -> bool:
+    """Whether the exchange of `shape` is merge_exchange: for all of Hopper's MLA.
+
+    Its GQA merges within attention's own launch, and the portable kernels' splits lie otherwise.
+    """
+    return arch == "sm_90a" and _hopper_mla(shape) and not read_switches().portable
 
 
 def batch(shape: AttentionShape, factor: float, arch: str) -> KernelSpec:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from helixc.codegen.problem import KernelSpec, batch, exchange, ffn, norm, problems, reduce
+from helixc.codegen.problem import (
+    KernelSpec,
+    batch,
+    exchange,
+    ffn,
+    merge_exchange,
+    merges_as_it_sends,
+    norm,
+    problems,
+    reduce,
+)
 from helixc_runtime.attention_shape import LATENT_NORM_EPS, AttentionShape, attention_shape
 from helixc_runtime.ffn_shape import FfnShape, ffn_shape
 from helixc_runtime.manifest import Instance, Model, Plan, Rank
@@ -60,7 +70,7 @@ def _specs(model: Model, shape: AttentionShape, own_ffn: FfnShape, traits: _Trai
     yield from problems(shape, traits.cp, arch)
     yield batch(shape, model.arch.rope.attention_factor, arch)
     if traits.one_sided_exchange:
-        yield exchange(shape, traits.cp, arch)
+        yield (merge_exchange if merges_as_it_sends(shape, arch) else exchange)(shape, traits.cp, arch)
     for members in (1, traits.ffn_tp) if traits.one_sided_reduction else (1,):
         yield reduce(members, model.arch.hidden_size, model.arch.norm_eps, model.dtype, arch)
     if model.arch.mla and (rank := model.arch.mla.q_lora_rank):

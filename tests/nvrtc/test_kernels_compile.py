@@ -14,7 +14,7 @@ import pytest
 
 from helixc.codegen.build import Cubin, compile_all, render_all
 from helixc.codegen.nvrtc import CompileError, Nvrtc, NvrtcMissing
-from helixc.codegen.problem import KernelSpec, attention, batch, exchange, ffn, problems, reduce
+from helixc.codegen.problem import KernelSpec, attention, batch, exchange, ffn, merge_exchange, problems, reduce
 from helixc.codegen.render import KernelSource
 from helixc.codegen.template_root import template_root
 from tests.gpu.ffn_cases import QWEN3, V3, V3_LITE
@@ -92,6 +92,10 @@ def _specs() -> tuple[KernelSpec, ...]:
         for spec in (
             *(exchange(mla(128, 64), cp, arch) for cp in (2, 8, 64)),
             exchange(gqa(64, 8, 128, 64, "float32"), 4, arch),
+            *(merge_exchange(mla(128, 64), cp, arch) for cp in (2, 8, 64)),
+            *(merge_exchange(mla(16, 64), cp, arch) for cp in (2, 16)),
+            merge_exchange(mla(64, 64, query_tokens=3), 4, arch),
+            merge_exchange(mla(32, 64, query_tokens=3), 2, arch),
             *(reduce(n, 7168, 1e-6, "bfloat16", arch) for n in (1, 2, 8)),
             reduce(2, 2048, 1e-5, "float16", arch),
             batch(gqa(8, 1, 128, 32), 1.25, arch),

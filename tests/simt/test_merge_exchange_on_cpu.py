@@ -5,18 +5,18 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from helixc.codegen.problem import exchange
+from helixc.codegen.problem import merge_exchange
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ops import Partial
-from helixc_runtime.ops_torch import TorchOps
-from tests.gpu.kernel_cases import check_partial, mla
+from tests.gpu.exchange_cases import Part, check_results, random_part
+from tests.gpu.kernel_cases import mla
 from tests.simt.bugs import Bug, planted
 from tests.simt.cpu_kernel import CpuKernel, Gpu
 from tests.simt.test_exchange_on_cpu import Gpus
@@ -24,65 +24,13 @@ from tests.simt.test_exchange_on_cpu import Gpus
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 MAX_ROWS = 3  # of the schedule
-BOUND = 6e-3  # relative Frobenius error of o: each rank's part is rounded to bfloat16, and so is their merge
 FEW, SOME, MANY = 20, 40, 90  # splits that a warp has under way at once; for all its warps; and more than four have
-
-
-@dataclass(frozen=True)
-class Part:
-    """What attention leaves on one rank."""
-
-    whole: Partial  # [N, H, P], NaN in the rows that are split
-    o: Tensor  # [splits, Q, P]
-    lse: Tensor  # [splits, Q]
-    rows: Tensor  # [rows, 4]
-    count: Tensor  # [1]
-
-    @property
-    def merged(self) -> Partial:
-        """In float64, [N, H, P]."""
-        o, lse = (t.double() for t in self.whole)
-        tokens = self.o.shape[1] // o.shape[1]
-        for row, first, count, _ in self.rows[: int(self.count)].tolist():
-            parts = (t[first : first + count].double().unflatten(1, (tokens, o.shape[1])) for t in (self.o, self.lse))
-            own = slice(row * tokens, (row + 1) * tokens)
-            o[own], lse[own] = TorchOps(mla(8, 32)).combine(*parts)
-        return Partial(o, lse)
 
 
 def random_counts(rows: int, draw: random.Random) -> list[int]:
     """Splits of each row; 0: it is whole."""
     some = [0, 0, 0, 2, 3, draw.randint(4, FEW), draw.randint(4, FEW), draw.randint(FEW + 1, SOME)]
     return [MANY if draw.random() < 0.05 else draw.choice(some) for _ in range(rows)]
-
-
-def random_part(shape: AttentionShape, tokens: int, counts: list[int], draw: random.Random) -> Part:
-    """Whole rows, empty ones with NaN in memory, and split ones, of which one query token may see nothing."""
-    generator = torch.Generator().manual_seed(draw.randrange(1 << 30))
-
-    def normal(*size: int) -> Tensor:
-        x = torch.randn(*size, generator=generator)
-        x[torch.rand(size, generator=generator) < 0.1] = -0.0
-        return x
-
-    rows, heads, width = len(counts), shape.heads, shape.partial_dim
-    o, lse = normal(rows * tokens, heads, width).bfloat16(), 4 * normal(rows * tokens, heads)
-    split = torch.zeros(rows, 4, dtype=torch.int32)
-    given = 0
-    for row, count in enumerate(counts):
-        own = slice(row * tokens, (row + 1) * tokens)
-        if count:
-            o[own], lse[own] = torch.nan, torch.nan
-            split[given] = torch.tensor([row, sum(counts[:row]), count, -1])
-            given += 1
-        elif draw.random() < 0.4:
-            o[own], lse[own] = torch.nan, -torch.inf
-    split[given:] = -7  # what is there is not of this step
-    part_o = normal(sum(counts) + 1, tokens * heads, width).bfloat16()
-    part_lse = 4 * normal(sum(counts) + 1, tokens * heads)
-    if tokens > 1:  # the first token sees nothing, of some splits or of all
-        part_lse[torch.rand(len(part_lse), generator=generator) < draw.choice([0.3, 1.0]), :heads] = -torch.inf
-    return Part(Partial(o, lse), part_o, part_lse, split, torch.tensor([given], dtype=torch.int32))
 
 
 class MergeExchange(Gpus):
@@ -97,8 +45,7 @@ class MergeExchange(Gpus):
         root: Path | None = None,
         most_rows: int = MAX_ROWS,
     ) -> None:
-        spec = exchange(shape, cp, "sm_90a")
-        assert spec.template == "merge_exchange"
+        spec = merge_exchange(shape, cp, "sm_90a")
         self.most_rows = most_rows
         self.shape, self.mergers, self.tokens = shape, mergers, int(dict(spec.params)["row_tokens"])
         units = most_rows * self.tokens * shape.heads // cp
@@ -116,16 +63,6 @@ class MergeExchange(Gpus):
         sizes = [rows, self.most_rows * self.tokens, mergers]
         self.launch(rank, index, blocks, [out, *part.whole, *splits], sizes)
         return out
-
-
-def check_results(shape: AttentionShape, parts: list[Part], results: list[Tensor]) -> None:
-    """Of all ranks, against float64."""
-    heads, wanted = shape.heads // len(parts), [part.merged for part in parts]
-    for rank, got in enumerate(results):
-        mine = slice(rank * heads, (rank + 1) * heads)
-        o, lse = (torch.stack([part[i][:, mine] for part in wanted]) for i in (0, 1))
-        want = TorchOps(shape).combine(o, lse)
-        check_partial(Partial(got, want.lse), want, BOUND)  # the kernel gives no LSE: what is checked is o
 
 
 def check_exchanges(gpus: MergeExchange, steps: int, calls: int, seed: int, slow: int = 20) -> list[bytes]:

@@ -209,6 +209,21 @@ def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     assert planned.params["scale"] == 0.125 and planned.cubin is None
 
 
+def test_the_exchange_merges_the_splits_that_attention_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of Hopper's MLA, and no others."""
+
+    def exchanges(model: str, arch: str, **sizes: int) -> list[str]:
+        plan = plan_of(model, None, role(cp=2, block=32, **sizes), dtype="bfloat16")
+        return [spec.name for spec in select(plan, (arch,)) if "exchange" in spec.template]
+
+    assert exchanges("deepseek-v3-lite", "sm_90a") == ["merge_exchange_cp2_h8_p512_bf16"]
+    assert exchanges("deepseek-v3", "sm_90a", tp=2) == ["merge_exchange_cp2_h32_p512_bf16"]
+    assert exchanges("deepseek-v3", "sm_100a", tp=2) == ["exchange_cp2_h32_p512_bf16"]
+    assert exchanges("llama-3.1-70b", "sm_90a") == ["exchange_cp2_h32_p128_bf16"]
+    monkeypatch.setenv("HELIXC_PORTABLE", "1")
+    assert exchanges("deepseek-v3-lite", "sm_90a") == ["exchange_cp2_h8_p512_bf16"]
+
+
 @pytest.mark.parametrize(
     ("shape", "max_rows", "names"),
     [

@@ -79,7 +79,7 @@ def test_what_is_sent_takes_the_link_s_time() -> None:
     plan = plan_of("deepseek-v3", max_seq_len=65536, cp=4)
     sums = [k for k in plan.kernels if k.template == "reduce" and k.params["hidden"] == 7168]
     exchange, (alone, all_four) = (
-        roofline(plan, kernel(plan, "exchange"), "h200"),
+        roofline(plan, kernel(plan, "merge_exchange"), "h200"),
         (roofline(plan, k, "h200") for k in sums),
     )
     assert exchange is not None and (exchange.bytes, exchange.bound) == (3 * 32 * (512 * 2 + 4), "NVLink")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from helixc.codegen.build import render_all
-from helixc.codegen.problem import attention, problems
+from helixc.codegen.problem import attention, exchange, merge_exchange, problems
 from helixc.codegen.render import KernelSource
 from tests.gpu.kernel_cases import gqa, mla
 
@@ -18,6 +18,8 @@ _SOURCES = render_all(
         *problems(mla(64, 32), 2, "sm_100a"),
         attention(mla(16, 64, kv_dtype="float8_e4m3fn", query_tokens=4), "sm_100a")[0],
         *attention(mla(128, 32), "sm_90a"),
+        merge_exchange(mla(128, 32), 2, "sm_90a"),
+        exchange(gqa(64, 8, 128, 64), 2, "sm_90a"),
         *attention(gqa(64, 8, 128, 64), "sm_90a"),
         attention(gqa(8, 2, 64, 32, kv_dtype="float8_e4m3fn", query_tokens=4), "sm_90a")[1],
         problems(gqa(8, 1, 128, 64, "float16"), 1, "sm_90a")[1],
