@@ -34,9 +34,10 @@ GPUS = {
     )
 }
 
-# Seconds that an exchange of a few kilobytes takes at least: assumptions, to be replaced by measurements.
-NVLINK_LATENCY = 8e-6
-NETWORK_LATENCY = 20e-6
+# Seconds that an exchange of few bytes takes, its merge included: one-sided within a host, and by NCCL. Both are of one
+# row between two H200 of a host (bench/exchange.py); NCCL between hosts, which is not measured, is taken for the same.
+ONE_SIDED_LATENCY = 2.9e-6
+COLLECTIVE_LATENCY = 26e-6
 # Bytes that a rank sends to all others of its group, up to which a sum in one shot beats NCCL's all-reduce. Between two
 # H200 it takes half as long even for 14 MB (bench/exchange.py); more ranks, which favour NCCL, are not measured.
 ONE_SHOT_BYTES = 8 << 20

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from helixc.checks.case import CP, TP, Case, ModelCase, Side
 from helixc.checks.check import Finding, error, warning
 from helixc.diagnostics import counted, divisors, listed
-from helixc.hardware import GPUS, NETWORK_LATENCY, NVLINK_LATENCY, Gpu
+from helixc.hardware import COLLECTIVE_LATENCY, GPUS, ONE_SIDED_LATENCY, Gpu
 from helixc.plan.lower import kv_dtype
 from helixc.spec.agreement import value_at
 from helixc.spec.source import KeyPath
@@ -141,7 +141,7 @@ def helix_pays(case: ModelCase) -> Iterator[Finding]:
 
     With cp ranks each reads 1 / cp of the KV cache, which saves time in proportion to the length; the exchange of the
     partials costs the same at any length. The estimate compares the two for one layer of one decode step at
-    max_batch_size, with the peak figures of `hardware: {gpu: ...}` and an assumed latency of the exchange
+    max_batch_size, with the peak figures of `hardware: {gpu: ...}` and a measured latency of the exchange
     (docs/hardware.md). Below the length where they are equal, the same ranks are better used as tp or as instances.
     """
     gpu = GPUS.get(case.spec.hardware.gpu or "")
@@ -151,7 +151,7 @@ def helix_pays(case: ModelCase) -> Iterator[Finding]:
         length = side.spec.max_seq_len
         if side.cp == 1 or length is None:
             continue
-        saved, cost = _saved_a_token(side, case.arch, gpu), _exchange_time(side, case.arch, gpu)
+        saved, cost = _saved_a_token(side, case.arch, gpu), _exchange_time(case, side, gpu)
         if length * saved < cost:
             message = (
                 f"at max_seq_len {length:,}, cp {side.cp} saves {length * saved * 1e6:.1f} us of KV reading a layer "
@@ -170,12 +170,12 @@ def _saved_a_token(side: Side, arch: ModelArch, gpu: Gpu) -> float:
     return read * (1 - 1 / side.cp) / gpu.bandwidth
 
 
-def _exchange_time(side: Side, arch: ModelArch, gpu: Gpu) -> float:
+def _exchange_time(case: ModelCase, side: Side, gpu: Gpu) -> float:
     """Seconds a layer that a rank takes to send partials and their LSE to the other ranks of its cp group."""
     tp = 1 if side.spec.enable_attention_dp else side.tp
-    partials = side.spec.max_batch_size * arch.num_heads / tp * (arch.partial_dim * 2 + 4)
-    inside = side.cp <= gpu.domain
-    latency, link = (NVLINK_LATENCY, gpu.nvlink) if inside else (NETWORK_LATENCY, gpu.network)
+    partials = side.spec.max_batch_size * case.arch.num_heads / tp * (case.arch.partial_dim * 2 + 4)
+    latency = ONE_SIDED_LATENCY if side.cp <= case.spec.hardware.gpus_per_node else COLLECTIVE_LATENCY
+    link = gpu.nvlink if side.cp <= gpu.domain else gpu.network
     return latency + partials * (1 - 1 / side.cp) / link
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import get_args
 
-from helixc.hardware import GIB, GPUS, NETWORK_LATENCY, NVLINK_LATENCY
+import pytest
+
+from helixc.hardware import COLLECTIVE_LATENCY, GIB, GPUS, ONE_SIDED_LATENCY
 from helixc.spec.schema import GpuName
 from tests.docs.fences import ROOT
 
@@ -32,6 +35,12 @@ def test_the_table_is_the_one_in_the_code() -> None:
     assert list(GPUS) == list(get_args(GpuName))
 
 
-def test_the_latencies_are_those_in_the_code() -> None:
-    inside, between = f"{NVLINK_LATENCY * 1e6:.0f} us", f"{NETWORK_LATENCY * 1e6:.0f} us"
-    assert f"{inside}\ninside an NVLink domain, {between} over the network" in PAGE
+def test_the_latencies_are_those_that_were_measured() -> None:
+    """Of one row."""
+    measured = json.loads((ROOT / "bench" / "results" / "exchange.json").read_text(encoding="utf-8"))
+    assert measured["gpu"] == "NVIDIA H200"
+    row = next(row for row in measured["rows"] if row["op"] == "exchange" and row["rows"] == 1)
+    assert row["ours_us"] == pytest.approx(ONE_SIDED_LATENCY * 1e6, rel=0.05)
+    assert row["nccl_our_combine_us"] == pytest.approx(COLLECTIVE_LATENCY * 1e6, rel=0.05)
+    inside, between = f"{ONE_SIDED_LATENCY * 1e6:g} us", f"{COLLECTIVE_LATENCY * 1e6:g} us"
+    assert f"{inside}\namong the GPUs of one host, {between} by NCCL" in PAGE
