@@ -50,10 +50,11 @@ def random_part(shape: AttentionShape, tokens: int, counts: list[int], draw: ran
     rows, heads, width = len(counts), shape.heads, shape.partial_dim
     o, lse = normal(rows * tokens, heads, width).bfloat16(), 4 * normal(rows * tokens, heads)
     split = torch.zeros(rows, 4, dtype=torch.int32)
-    given = 0
+    given, least = 0, []
     for row, count in enumerate(counts):
         own = slice(row * tokens, (row + 1) * tokens)
         if count:
+            least.append(sum(counts[:row]))
             o[own], lse[own] = torch.nan, torch.nan
             split[given] = torch.tensor([row, sum(counts[:row]), count, -1])
             given += 1
@@ -62,6 +63,9 @@ def random_part(shape: AttentionShape, tokens: int, counts: list[int], draw: ran
     split[given:] = -7  # what is there is not of this step
     part_o = normal(sum(counts) + 1, tokens * heads, width).bfloat16()
     part_lse = 4 * normal(sum(counts) + 1, tokens * heads)
+    # 0 and, of each row's first split, the least negative number there is: part of that rounds to -0.
+    part_o[..., 2:4] = 0.0
+    part_o[least, :, 3] = -torch.finfo(torch.bfloat16).smallest_normal / 128
     if tokens > 1:  # the first token sees nothing, of some splits or of all
         part_lse[torch.rand(len(part_lse), generator=generator) < draw.choice([0.3, 1.0]), :heads] = -torch.inf
     return Part(Partial(o, lse), part_o, part_lse, split, torch.tensor([given], dtype=torch.int32))
