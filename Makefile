@@ -14,7 +14,7 @@ SMOLLM2 := checkpoints/smollm2-135m-instruct/config.json
 TINY := checkpoints/tiny-deepseek-v3-lite/config.json checkpoints/tiny-qwen3-moe/config.json
 export PROMPT
 
-.PHONY: help run test check fmt golden gpu-test bench setup bench-report examples fuzz
+.PHONY: help run test check fmt golden gpu-test sanitize bench setup bench-report examples fuzz
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -44,6 +44,16 @@ fuzz: $(VENV)/.installed-dev ## 100,000 mutated deployment files through the che
 
 gpu-test: ## the tests that need a GPU, with $(PYTHON)'s own packages; eight at a time if pytest-xdist is there
 	PYTHONPATH=.:runtime $(PYTHON) -m pytest -m gpu tests/gpu $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses 8)
+
+TOOLS ?= memcheck racecheck
+SANITIZED ?= tests/gpu/sanitized.txt
+
+sanitize: ## the GPU tests of tests/gpu/sanitized.txt under compute-sanitizer: see docs/debugging.md
+	@set -e; for tool in $(TOOLS); do \
+	  echo "compute-sanitizer --tool $$tool"; \
+	  PYTHONPATH=.:runtime xargs --arg-file=$(SANITIZED) --delimiter='\n' \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu -o timeout=0; \
+	done
 
 bench: ## what needs a GPU in bench/, with $(PYTHON)'s own packages; then make bench-report
 	$(PYTHON) bench/launch.py

@@ -2,8 +2,11 @@
 
 Two processes, a GPU each. Every time is that of one call among LAUNCHES in a CUDA graph that both replay at once,
 inputs rotated; medians of rank 0. The peer is NCCL on inputs that lie as it wants them, with torch's arithmetic after
-it, and with ours. `--stress N` runs N exchanges with random delays instead, each checked by its content, and writes
-nothing.
+it, and with ours. Where attention leaves splits, their merge within the exchange is compared with the merge before it:
+alone, on splits in the L2 as attention leaves them, and with the attention before it.
+
+`--only OP` measures a part. `--stress N` runs N exchanges with random delays instead, each checked by its content, and
+writes nothing.
 """
 
 from __future__ import annotations
@@ -27,16 +30,30 @@ import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from bench.gpu_timing import machine  # noqa: E402
-from bench.pair import Side, pair_plan, run_pair, values  # noqa: E402
+from bench.gpu_timing import earlier_rows, machine  # noqa: E402
+from bench.pair import Side, compiled, pair_plan, run_pair, values  # noqa: E402
+from helixc.codegen.problem import exchange  # noqa: E402
+from helixc_runtime.attention_shape import attention_shape  # noqa: E402
 from helixc_runtime.cubin import device_arch  # noqa: E402
-from helixc_runtime.ops import Norm, Partial  # noqa: E402
+from helixc_runtime.manifest import Kernel  # noqa: E402
+from helixc_runtime.one_sided import OneSidedComm  # noqa: E402
+from helixc_runtime.ops import DecodeBatch, LayerCache, Norm, Partial  # noqa: E402
 from helixc_runtime.ops_torch import TorchOps  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "exchange.json"
 GOALS_US = {1: 6.0, 4: 7.0, 16: 11.0, 64: 24.0}  # exchange and combine of 128 heads x 512, by rows
+OPS = ("exchange", "merge_exchange", "reduce")
 REDUCE_ROWS = (1, 8, 64, 256, 1024)
 MODELS = {"deepseek-v3": 7168, "deepseek-v3-lite": 2048}  # hidden size
+LOCAL_TOKENS = {  # of one rank's rows, of which attention makes splits; in the last, none
+    "1x64k": [1 << 16],
+    "1x4k": [1 << 12],
+    "3x32k": [1 << 15] * 3,
+    "8x32k": [1 << 15] * 8,
+    "32x8k": [1 << 13] * 32,
+    "1x64, no splits": [64],
+    "64x64, no splits": [64] * 64,
+}
 SETS, LAUNCHES, REPLAYS = 4, 120, 15
 STRESS_SETS, STRESS_LAUNCHES = 5, 200  # an odd number of sets: each goes through both halves of the inboxes
 
@@ -47,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the results. Returns 1 if the stress run found a wrong exchange."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--only", choices=OPS, action="append", help="measure these, and keep what there is of the others"
+    )
     parser.add_argument("--stress", type=int, metavar="N", help="run so many exchanges and check their content")
     options = parser.parse_args(arguments)
     arch = device_arch(torch.device("cuda", 0))
@@ -60,8 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = []
         for model in MODELS:
             plan = pair_plan(model, folder, arch, max(REDUCE_ROWS))
-            rows += values(run_pair(measure, plan, folder, deadline=300))[0]
+            shape = attention_shape(plan.model, plan.ranks[0], plan.tokens_per_block)
+            (plain,) = compiled([exchange(shape, 2, arch)], folder)
+            rows += values(run_pair(measure, plan, folder, plain, options.only, deadline=300))[0]
     result = machine() | {"rows": rows}
+    if options.only:
+        kept = [row for row in earlier_rows(options.out, result) if row["op"] not in options.only]
+        result["rows"] = sorted(kept + rows, key=lambda row: OPS.index(row["op"]))
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     missed = [row for row in rows if row["op"] == "exchange" and row["ours_us"] > row["goal_us"]]
     print(f"goals missed: {len(missed)}")
@@ -71,17 +96,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # --- Times ------------------------------------------------------------------------------------------------------
 
 
-def measure(side: Side) -> list[dict[str, Any]]:
-    """All rows of one model."""
-    found, hidden = [], side.plan.model.arch.hidden_size
-    if side.ops.shape.heads == 128:
+def measure(side: Side, plain: Kernel, only: Sequence[str] | None) -> list[dict[str, Any]]:
+    """All rows of one model. `plain`: the exchange that merges no splits."""
+    found, hidden, heads = [], side.plan.model.arch.hidden_size, side.ops.shape.heads
+    ops = [op for op in OPS if op in (only or OPS)]
+    if "exchange" in ops and heads == 128:
         for rows, goal in GOALS_US.items():
             times = medians(side, exchanges(side, rows))
             found.append({"op": "exchange", "rows": rows, "heads": 128, "width": 512, **times, "goal_us": goal})
             report(side, found[-1])
-    for rows in REDUCE_ROWS:
-        found.append({"op": "reduce", "rows": rows, "hidden": hidden, **medians(side, reductions(side, rows))})
-        report(side, found[-1])
+    if "merge_exchange" in ops:
+        kernels = (plain, *(kernel for kernel in side.plan.kernels if kernel.template != "merge_exchange"))
+        instance, rank = side.plan.instances[0], side.plan.ranks[side.index]
+        separate = OneSidedComm(rank, side.comm.groups, instance, kernels, side.folder, side.device, 20.0)
+        cache = random_cache(side, max(map(sum, LOCAL_TOKENS.values())))
+        for case, lengths in LOCAL_TOKENS.items():
+            times = merges(side, separate, cache, lengths)
+            found.append({"op": "merge_exchange", "case": case, "heads": heads, **times})
+            report(side, found[-1])
+    if "reduce" in ops:
+        for rows in REDUCE_ROWS:
+            found.append({"op": "reduce", "rows": rows, "hidden": hidden, **medians(side, reductions(side, rows))})
+            report(side, found[-1])
     return found
 
 
@@ -113,6 +149,48 @@ def exchanges(side: Side, rows: int) -> Calls:
         "nccl": with_torch,
         "nccl_our_combine": with_ours,
     }
+
+
+def merges(side: Side, separate: OneSidedComm, cache: LayerCache, lengths: list[int]) -> dict[str, float]:
+    """Microseconds of merge and exchange, alone and behind attention, by one kernel and by two."""
+    device, ops, block = side.device, side.ops, side.plan.tokens_per_block
+    tokens = torch.tensor(lengths, dtype=torch.int32, device=device)
+    pages = torch.arange(sum(lengths) // block, dtype=torch.int32, device=device)
+    table = torch.zeros(len(lengths), max(lengths) // block, dtype=torch.int32, device=device)
+    for row, own in enumerate(pages.split([n // block for n in lengths])):
+        table[row, : len(own)] = own
+    batch = DecodeBatch(tokens, tokens, table, tokens, tokens, tokens)  # attention reads lengths and pages only
+    q = normal(side, len(lengths), ops.shape.heads, ops.shape.head_dim)
+    ops.begin_step(batch)
+    split = ops.attend_split(q, cache, batch)
+
+    def by_two(i: int) -> object:
+        return separate.exchange(split, ops, "partials")
+
+    def by_one(i: int) -> object:
+        return side.comm.exchange(split, ops, "partials")
+
+    for comm in (side.comm, separate):
+        comm.begin_step()
+    one, two = (comm.exchange(split, ops, "partials").double() for comm in (side.comm, separate))
+    assert (one - two).norm() <= 5e-3 * two.norm(), "one kernel gives another result than two"
+    for comm in (side.comm, separate):
+        comm.end_step()
+
+    def attend_by_two(i: int) -> object:
+        return separate.exchange(ops.attend_split(q, cache, batch), ops, "partials")
+
+    def attend_by_one(i: int) -> object:
+        return side.comm.exchange(ops.attend_split(q, cache, batch), ops, "partials")
+
+    calls: Calls = {"one": by_one, "two": by_two, "attend_one": attend_by_one, "attend_two": attend_by_two}
+    return medians(side, calls, separate)
+
+
+def random_cache(side: Side, tokens: int) -> LayerCache:
+    """Pages for so many tokens of one layer."""
+    shape = side.ops.shape
+    return LayerCache(normal(side, tokens // shape.block, shape.block, shape.head_dim), None)
 
 
 def reductions(side: Side, rows: int) -> Calls:
@@ -147,9 +225,9 @@ def random_partial(side: Side, rows: int) -> Partial:
     )
 
 
-def medians(side: Side, calls: Calls) -> dict[str, float]:
-    """Microseconds of one call of each, replayed in turn."""
-    graphs = {name: captured(side, call, SETS, LAUNCHES) for name, call in calls.items()}
+def medians(side: Side, calls: Calls, *comms: OneSidedComm) -> dict[str, float]:
+    """Microseconds of one call of each, replayed in turn. `comms`: what they use beside the side's own."""
+    graphs = {name: captured(side, call, SETS, LAUNCHES, *comms) for name, call in calls.items()}
     seen: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(REPLAYS):
         for name, graph in graphs.items():
@@ -160,18 +238,23 @@ def medians(side: Side, calls: Calls) -> dict[str, float]:
             end.record()
             end.synchronize()
             seen[name].append(start.elapsed_time(end) * 1000 / LAUNCHES)
-    side.comm.check()
+    for comm in (side.comm, *comms):
+        comm.check()
     return {f"{name}_us": round(statistics.median(times[1:]), 2) for name, times in seen.items()}
 
 
-def captured(side: Side, call: Callable[[int], object], sets: int, launches: int) -> torch.cuda.CUDAGraph:
-    """A graph of so many calls, one step to Comm."""
+def captured(
+    side: Side, call: Callable[[int], object], sets: int, launches: int, *comms: OneSidedComm
+) -> torch.cuda.CUDAGraph:
+    """A graph of so many calls, one step to the side's Comm and to `comms`."""
 
     def step(count: int) -> None:
-        side.comm.begin_step()
+        for comm in (side.comm, *comms):
+            comm.begin_step()
         for i in range(count):
             call(i % sets)
-        side.comm.end_step()
+        for comm in (side.comm, *comms):
+            comm.end_step()
 
     step(sets)
     side.meet()

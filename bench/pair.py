@@ -8,7 +8,7 @@ import shutil
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 
 from helixc.codegen.build import compile_all, render_all
+from helixc.codegen.problem import KernelSpec
 from helixc.codegen.select import select
 from helixc_runtime.attention_shape import attention_shape
-from helixc_runtime.manifest import Plan
+from helixc_runtime.manifest import Kernel, Plan
 from helixc_runtime.one_sided import OneSidedComm
 from helixc_runtime.ops_cuda import CudaOps
 from tests.deployments import plan_of, role
@@ -35,6 +36,7 @@ class Side:
 
     index: int
     plan: Plan
+    folder: Path  # of the artifact
     comm: OneSidedComm
     ops: CudaOps
     device: torch.device
@@ -58,11 +60,16 @@ def pair_plan(model: str, folder: Path, arch: str, rows: int) -> Plan:
     """`gen tp1 cp2` of a built-in geometry in bfloat16 on one host, compiled in `folder`; one-sided up to `rows`."""
     plan = plan_of(model, None, role(cp=2, batch=rows, block=64), dtype="bfloat16")
     plan = replace(plan, instances=(replace(plan.instances[0], reduce_rows=rows),))
+    return replace(plan, kernels=compiled(select(plan, (arch,)), folder))
+
+
+def compiled(specs: Sequence[KernelSpec], folder: Path) -> tuple[Kernel, ...]:
+    """Kernels, in an artifact's `folder`."""
     kernels = []
-    for cubin in compile_all(render_all(select(plan, (arch,)))):
+    for cubin in compile_all(render_all(specs)):
         shutil.copytree(cubin.directory, folder / "kernels" / cubin.directory.name, dirs_exist_ok=True)
         kernels.append(cubin.kernel())
-    return replace(plan, kernels=tuple(kernels))
+    return tuple(kernels)
 
 
 def run_pair(
@@ -135,7 +142,7 @@ def _process(
         with torch.inference_mode():
             comm = OneSidedComm(rank, groups, plan.instances[0], kernels, folder, device, patience)
             ops = CudaOps(attention_shape(plan.model, rank, plan.tokens_per_block), kernels, folder, device)
-            value = body(Side(index, plan, comm, ops, device, seed), *arguments)
+            value = body(Side(index, plan, folder, comm, ops, device, seed), *arguments)
             torch.cuda.synchronize(device)
         pipe.send(("done", value))
     except BaseException:

@@ -129,6 +129,9 @@ of them suffice; medians, an empty kernel interleaved. The floor is the bytes th
     return "\n".join(sections)
 
 
+_MERGE_KEYS = ("one", "two", "attend_one", "attend_two")
+
+
 def exchange(result: dict[str, Any]) -> str:
     """One-sided exchange and reduction against NCCL."""
     text = f"""Machine: two of {_machine(result)}.
@@ -164,6 +167,15 @@ medians. NCCL's inputs lie as it wants them. "NCCL, ours" is NCCL with our kerne
             "goal, us" if op == "exchange" else "hidden",
         )
         sections.append(_section(title, "", head, rows, level=3))
+    merges = [
+        (f"{row['case']}, H {row['heads']}", *(f"{row[f'{key}_us']:.2f}" for key in _MERGE_KEYS))
+        for row in result["rows"]
+        if row["op"] == "merge_exchange"
+    ]
+    if merges:
+        text = "Splits in the L2; then with the attention before, whose splits they are. Rows x tokens of one rank.\n"
+        head = ("rows x tokens", "one kernel, us", "two, us", "attention and one, us", "attention and two, us")
+        sections.append(_section("Merge of a rank's splits, then the exchange", text, head, merges, level=3))
     return "\n".join(sections)
 
 

@@ -87,12 +87,15 @@ def test_exchange(tmp_path: Path) -> None:
     rows = [
         {"op": "exchange", **times, "nccl_our_combine_us": 30.99, "goal_us": 7.0},
         {"op": "reduce", **times, "nccl_our_norm_us": 9.5, "hidden": 2048},
+        {"op": "merge_exchange", "case": "1x64k", "heads": 16, "one_us": 4.0, "two_us": 6.125, "attend_one_us": 39.5}
+        | {"attend_two_us": 41.0},
     ]
     write(tmp_path, "exchange", **MACHINE, rows=rows)
     page = report.page(tmp_path)
     assert "Machine: two of a GPU; torch 2.9." in page
     assert "| 4 | 3.70 | 36.76 | 30.99 | 7 |" in page
     assert "| 4 | 3.70 | 36.76 | 9.50 | 2048 |" in page
+    assert "| 1x64k, H 16 | 4.00 | 6.12 | 39.50 | 41.00 |" in page
 
 
 def test_decode(tmp_path: Path) -> None:
