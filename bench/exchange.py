@@ -45,7 +45,7 @@ GOALS_US = {1: 6.0, 4: 7.0, 16: 11.0, 64: 24.0}  # exchange and combine of 128 h
 OPS = ("exchange", "merge_exchange", "reduce")
 REDUCE_ROWS = (1, 8, 64, 256, 1024)
 MODELS = {"deepseek-v3": 7168, "deepseek-v3-lite": 2048}  # hidden size
-LOCAL_TOKENS = {  # of one rank's rows, of which attention makes splits; in the last, none
+LOCAL_TOKENS = {  # of one rank's rows, of which attention makes splits; of the last two, none
     "1x64k": [1 << 16],
     "1x4k": [1 << 12],
     "3x32k": [1 << 15] * 3,

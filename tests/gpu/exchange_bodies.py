@@ -12,11 +12,12 @@ from torch import Tensor
 
 from bench.pair import Side
 from helixc_runtime.comm import PeerTimeout
-from helixc_runtime.ops import Norm, Partial
+from helixc_runtime.ops import Norm, Partial, SplitPartial
 from helixc_runtime.ops_torch import TorchOps
 from tests.gpu.kernel_cases import relative_error
 
 LAYERS = 3
+SPLITS = 24  # at most, of all rows of a layer
 
 
 class Step:
@@ -28,9 +29,14 @@ class Step:
         kind = {"dtype": torch.bfloat16, "device": side.device}
         self.o = torch.zeros(LAYERS, rows, shape.heads, shape.partial_dim, **kind)
         self.lse = torch.zeros(LAYERS, rows, shape.heads, device=side.device)
+        self.part_o = torch.zeros(LAYERS, SPLITS, shape.heads, shape.partial_dim, **kind)
+        self.part_lse = torch.zeros(LAYERS, SPLITS, shape.heads, device=side.device)
+        self.split = torch.zeros(LAYERS, SPLITS, 4, dtype=torch.int32, device=side.device)
+        self.count = torch.zeros(LAYERS, 1, dtype=torch.int32, device=side.device)
         self.x = torch.zeros(LAYERS, 2, rows, hidden, **kind)
         self.residual = torch.zeros(rows, hidden, **kind)
         self.outputs: list[Tensor] = []
+        self.drawn = 0
         self.run()  # loads what is loaded once
         side.meet()
         self.graph = torch.cuda.CUDAGraph()
@@ -42,15 +48,20 @@ class Step:
         self.outputs = []
         comm.begin_step()
         for layer in range(LAYERS):
-            merged = comm.exchange(Partial(self.o[layer], self.lse[layer]), ops, f"layer {layer} partials")
+            merged = comm.exchange(self.partial(layer), ops, f"layer {layer} partials")
             first = comm.reduce(self.x[layer, 0], self.residual, None, self.norm, ops, f"layer {layer} o_proj")
             second = comm.reduce(self.x[layer, 1], None, self.norm.weight, None, ops, f"layer {layer} FFN")
             self.outputs += [merged, *first, second[0]]
         comm.end_step()
 
+    def partial(self, layer: int) -> SplitPartial:
+        own = (each[layer] for each in (self.part_o, self.part_lse, self.split, self.count))
+        return SplitPartial(Partial(self.o[layer], self.lse[layer]), *own, merge=lambda: None)
+
     def draw(self, generator: torch.Generator) -> list[Tensor]:
         """New inputs, and what must come of them in float64: both sides draw what both of them send."""
-        side, wanted = self.side, []
+        side, wanted, source = self.side, [], random.Random(generator.initial_seed() + self.drawn)
+        self.drawn += 1
         heads = self.o.shape[2] // 2
         mine = slice(side.index * heads, (side.index + 1) * heads)
 
@@ -60,19 +71,44 @@ class Step:
         self.residual.copy_(normal(self.residual))
         for layer in range(LAYERS):
             parts = [(normal(self.o[layer]), 4 * normal(self.lse[layer])) for _ in range(2)]
-            for o, lse in parts:
+            splits = [(normal(self.part_o[layer]), 4 * normal(self.part_lse[layer])) for _ in range(2)]
+            whole = []  # of both sides, in float64
+            for member, ((o, lse), (part_o, part_lse)) in enumerate(zip(parts, splits, strict=True)):
                 empty = torch.rand(self.rows, generator=generator, device=side.device) < 0.2
                 o.masked_fill_(empty.view(-1, 1, 1), torch.nan)
                 lse.masked_fill_(empty.unsqueeze(1), -torch.inf)
+                whole.append((o.double(), lse.double()))
+                rows = random_split_rows(self.rows, source)
+                for row, begin, count in rows:
+                    own = slice(begin, begin + count)
+                    each = (t[own].double().unsqueeze(1) for t in (part_o, part_lse))
+                    whole[-1][0][row], whole[-1][1][row] = (t[0] for t in TorchOps(side.ops.shape).combine(*each))
+                    o[row], lse[row] = torch.nan, torch.nan
+                if member == side.index:
+                    self.part_o[layer], self.part_lse[layer] = part_o, part_lse
+                    self.count[layer] = len(rows)
+                    for place, given in enumerate(rows):
+                        self.split[layer, place, :3] = torch.tensor(given, dtype=torch.int32)
             sums = [[normal(self.residual) for _ in range(2)] for _ in range(2)]
             self.o[layer], self.lse[layer] = parts[side.index]
             self.x[layer, 0], self.x[layer, 1] = sums[side.index]
-            o, lse = (torch.stack([part[i][:, mine].double() for part in parts]) for i in (0, 1))
+            o, lse = (torch.stack([part[i][:, mine] for part in whole]) for i in (0, 1))
             first, second = (sums[0][i].double() + sums[1][i].double() for i in range(2))
             weight, oracle = self.norm.weight.double(), TorchOps(side.ops.shape)
             exact = oracle.add_norm(first, self.residual.double(), None, Norm(weight, self.norm.eps))
             wanted += [oracle.combine(o, lse).o, *exact, second + weight]
         return wanted
+
+
+def random_split_rows(rows: int, source: random.Random) -> list[tuple[int, int, int]]:
+    """(row, first split, splits) of some rows, in their order."""
+    found, given = [], 0
+    for row in range(rows):
+        count = source.choice([0, 0, 0, 2, 3, 5, SPLITS]) if rows < SPLITS else source.choice([0] * 9 + [2, 3])
+        if count and given + count <= SPLITS:
+            found.append((row, given, count))
+            given += count
+    return found
 
 
 def make_norm(side: Side) -> Norm:
