@@ -204,6 +204,8 @@ class _Nothing:
         size = (len(q), self.shape.heads)
         return Partial(q.new_empty(*size, self.shape.partial_dim), q.new_empty(size, dtype=torch.float32))
 
+    attend_split = attend
+
     def combine(self, o: Tensor, lse: Tensor) -> Partial:
         return Partial(o[0], lse[0])
 
