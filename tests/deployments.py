@@ -26,6 +26,7 @@ _ROLE: dict[str, Any] = {
     "max_tokens": None,
     "free_gpu_memory_fraction": 0.9,
     "exchange_space": "auto",
+    "hop_groups": None,
 }
 _SHORT = {
     "n": "num_instances",

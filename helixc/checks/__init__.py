@@ -17,6 +17,7 @@ DEPLOYMENT_CHECKS: tuple[Check[Case], ...] = (
     helix.context_has_no_cp,
     helix.cp_type_is_helix,
     helix.shards_have_blocks,
+    helix.groups_have_rows,
     memory.cache_holds_a_block,
     memory.cache_holds_a_request,
     model.generation_holds_what_was_prefilled,

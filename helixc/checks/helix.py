@@ -178,6 +178,29 @@ def latents_exist(case: ModelCase) -> Iterator[Finding]:
             yield Finding(side.at(*key), message, "write value, or remove the key")
 
 
+@error("HX309")
+def groups_have_rows(case: Case) -> Iterator[Finding]:
+    """hop_groups asks for groups that there cannot be.
+
+    HOP-B attends the rows of a decode step in groups, and exchanges the partials of one while it attends the next. So
+    there must be an exchange, which only cp ranks have, and no group may be without rows: an instance has at most
+    max_batch_size. The key may be left out: helixc then chooses by an estimate (docs/helix.md). 1 is off.
+    """
+    key = "cp_config", "hop_groups"
+    for side in case.sides:
+        groups, rows = side.spec.hop_groups or 1, side.spec.max_batch_size
+        if side.role == "context" or groups == 1:
+            continue
+        if side.cp == 1:
+            yield Finding(
+                side.at(*key), f"{side.name} has cp 1, and no exchange for hop_groups {groups}", "remove the key"
+            )
+        elif groups > rows:
+            message = f"hop_groups {groups} is more than max_batch_size {rows} of {side.name}"
+            related = side.related("the most rows are given here", "max_batch_size", side.at(*key))
+            yield Finding(side.at(*key), message, f"write {rows} or less, or remove the key", related)
+
+
 def _saved_a_token(side: Side, arch: ModelArch, gpu: Gpu) -> float:
     """Seconds a layer that cp saves for every token of length, at max_batch_size on one rank."""
     tp = 1 if side.spec.enable_attention_dp else side.tp

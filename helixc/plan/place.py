@@ -142,8 +142,8 @@ def _workspace(model: Model, layout: Layout, heads: int) -> int:
         return 0
     rows, width, size = layout.max_batch_size * heads, model.arch.partial_dim, DTYPE_BYTES[model.dtype]
     exchanged = model.arch.exchanged_dim(layout.exchange_space)
-    # The portable kernels' partials of every row, or Hopper's: two a multiprocessor, whatever the rows.
-    splits = max(MAX_SPLITS * rows, 2 * MAX_PROCESSORS * heads) * (width + 1) * 4
+    # The portable kernels' partials of every row, or Hopper's: two a multiprocessor and group, whatever the rows.
+    splits = max(MAX_SPLITS * rows, layout.hop.groups * 2 * MAX_PROCESSORS * heads) * (width + 1) * 4
     exchange = 2 * rows * (exchanged * size + 4)
     kept = rows * width * size if exchanged != width else 0
     inboxes = 2 * layout.mapping.ffn_tp * _one_shot_rows(model, layout) * model.arch.hidden_size
@@ -182,6 +182,7 @@ def _instance(deployment: Deployment, layout: Layout, index: int, first: int, st
         free_gpu_memory_fraction=layout.free_gpu_memory_fraction,
         exchange="one_sided" if share_hosts(mapping.cp) else "collective",
         reduce_rows=_one_shot_rows(deployment.model, layout) if share_hosts(mapping.ffn_tp) else 0,
+        hop=layout.hop,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from helixc.diagnostics import counted
 from helixc.table import aligned, byte_size
-from helixc_runtime.manifest import Instance, Memory, Model, ModelArch, Plan, Range, Rank
+from helixc_runtime.manifest import Hop, Instance, Memory, Model, ModelArch, Plan, Range, Rank
 
 _HEAD = (
     *("rank", "node:gpu", "pp tp cp", "layers", "q heads", "kv heads", "tp group", "cp group", "pp group"),
@@ -77,6 +77,15 @@ def _transports(plan: Plan, instance: Instance) -> Iterator[str]:
         ways.append(f"sums {_sums(instance)}")
     if ways and instance.role == "generation":
         yield f"  on GPUs    {'; '.join(ways)}"
+    if instance.hop.reason:
+        yield f"  HOP-B      {_hop(instance.hop)}"
+
+
+def _hop(hop: Hop) -> str:
+    if hop.groups == 1:
+        return f"off: {hop.reason}"
+    left = f"{hop.processors} multiprocessors left to the exchange"
+    return f"from {counted(hop.rows, 'row')} on in {hop.groups} groups, {left}: {hop.reason}"
 
 
 def _space(arch: ModelArch, rank: Rank) -> str:

@@ -15,6 +15,7 @@ from helixc.plan.alike import label as _label
 from helixc.plan.alike import members as _members
 from helixc.plan.collectives import collectives
 from helixc.plan.simulate import simulate
+from helixc_runtime.attention_shape import MAX_PROCESSORS
 from helixc_runtime.manifest import (
     Groups,
     Instance,
@@ -174,11 +175,23 @@ def _transports(plan: Plan) -> Iterator[str]:
             yield f"{_label(instance)}: only decode steps are one-sided"
         if not 0 <= instance.reduce_rows <= instance.max_batch_size:
             yield f"{_label(instance)}: sums of {instance.reduce_rows} rows, batches of {instance.max_batch_size}"
+        yield from _hop(instance)
         for rank in _members(plan, instance):
             for name in (name for name, one_sided in kinds.items() if one_sided):
                 group = [plan.ranks[member] for member in getattr(rank.groups, name)]
                 if len(group) == 1 or len({member.node for member in group}) > 1:
                     yield f"rank {rank.rank}: one-sided in the {name} group {[member.rank for member in group]}"
+
+
+def _hop(instance: Instance) -> Iterator[str]:
+    """Rows in groups are exchanged, and no group is empty: a message must be sent to be answered."""
+    hop = instance.hop
+    if hop.groups > 1 and (instance.role != "generation" or instance.cp == 1):
+        yield f"{_label(instance)}: {hop.groups} groups of rows, and no exchange"
+    if not 1 <= hop.groups <= hop.rows <= instance.max_batch_size:
+        yield f"{_label(instance)}: {hop.groups} groups of {hop.rows} rows, batches of {instance.max_batch_size}"
+    if not 0 <= hop.processors < MAX_PROCESSORS:
+        yield f"{_label(instance)}: {hop.processors} multiprocessors left to the exchange"
 
 
 # --- Heads and KV -----------------------------------------------------------------------------------------------

@@ -131,4 +131,5 @@ def _role(origins: Origins, role: Role, block: int) -> RoleSpec | None:
         max_tokens=cache.max_tokens,
         free_gpu_memory_fraction=cache.free_gpu_memory_fraction,
         exchange_space=section.cp_config.exchange_space,
+        hop_groups=section.cp_config.hop_groups,
     )

@@ -41,6 +41,10 @@ class CpConfig(Section):
         default="auto",
         description="latent attention's exchange: of latents, or of values, after W_UV; auto is what should be faster",
     )
+    hop_groups: Size | None = Field(
+        default=None,
+        description="HOP-B: groups of rows, each exchanged while the next is attended; 1 is off; estimated if absent",
+    )
 
 
 class KvCacheConfig(Section):

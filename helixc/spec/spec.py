@@ -27,6 +27,7 @@ class RoleSpec:
     max_tokens: int | None  # KV tokens one rank holds
     free_gpu_memory_fraction: float
     exchange_space: Space | Literal["auto"]
+    hop_groups: int | None  # 1: HOP-B is off
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,6 +200,19 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class Hop:
+    """HOP-B: the rows of a decode step in groups, and the exchange of each under the attention of the next."""
+
+    groups: int  # 1: off
+    rows: int  # of a batch, padding included: smaller ones are not split
+    processors: int  # of a GPU, that the attention of all groups but the first leaves to the exchange
+    reason: str  # for people
+
+
+WITHOUT_HOP = Hop(1, 1, 0, "")
+
+
+@dataclass(frozen=True, slots=True)
 class Instance:
     """One model replica. `ranks` are global; max_seq_len counts prompt and generated tokens of one request.
 
@@ -221,6 +234,7 @@ class Instance:
     free_gpu_memory_fraction: float
     exchange: Transport  # in the cp groups
     reduce_rows: int  # decode batches up to this are summed in the ffn_tp groups one-sidedly, larger ones collectively
+    hop: Hop
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,10 +75,10 @@ class OneSidedComm(TorchComm):
                 f"rank {self.rank.rank} waited {self._patience:g} s for rank {gone} in vain: {what}, decode step {step}"
             )
 
-    def exchange(self, partial: Partial, ops: Ops, what: str) -> Tensor:
+    def exchange(self, partial: Partial, ops: Ops, what: str, out: Tensor | None = None) -> Tensor:
         kind = self._exchange
         if kind is None:
-            return super().exchange(partial, ops, what)
+            return super().exchange(partial, ops, what, out)
         params, rows = kind.kernel.params, len(partial.o)
         heads, width = int(params["out_heads"]), int(params["partial_dim"])
         kind.expect(rows, o=partial.o)
@@ -86,9 +86,14 @@ class OneSidedComm(TorchComm):
         expect_shape("lse", partial.lse, (rows, heads * kind.members))
         if partial.lse.dtype != torch.float32 or not partial.lse.is_contiguous():
             raise ValueError(f"lse is {partial.lse.dtype}, or not contiguous, expected float32")
-        out = torch.empty(rows, heads, width, dtype=partial.o.dtype, device=partial.o.device)
+        early = out is None  # else the attention of other rows shall have its thread blocks before
+        if out is None:
+            out = torch.empty(rows, heads, width, dtype=partial.o.dtype, device=partial.o.device)
+        expect_shape("out", out, (rows, heads, width))
+        kind.expect(rows, out=out)
         warps = int(params["threads"]) // _WARP
-        kind.launch(-(-rows * heads // warps), (out, *partial), (rows, kind.rows), self._call("cp", what))
+        sizes = (rows, kind.rows)
+        kind.launch(-(-rows * heads // warps), (out, *partial), sizes, self._call("cp", what), early=early)
         return out
 
     def reduce(
@@ -125,16 +130,20 @@ class _Messages:
         self.sent = 0  # in this step
         self._comm, self._index = comm, ranks.index(comm.rank.rank)
         self._device, self._dtype = comm._device, getattr(torch, str(kernel.params["dtype"]))
-        self._loaded = load_kernel(kernel, artifact_dir, self._device)
+        self._early = load_kernel(kernel, artifact_dir, self._device)
+        self._in_order = load_kernel(kernel, artifact_dir, self._device, early=False)
         self.progress = torch.zeros(2, dtype=torch.int32, device=self._device)  # Progress of inbox.cuh
         size = inbox_bytes(kernel, rows)
         self._inboxes = open_inboxes(size, group, self.members, self._index, comm, self._device)
 
-    def launch(self, blocks: int, tensors: Sequence[Tensor | None], sizes: tuple[int, ...], call: int) -> None:
-        """Send this rank's message and take in the others'."""
+    def launch(
+        self, blocks: int, tensors: Sequence[Tensor | None], sizes: tuple[int, ...], call: int, *, early: bool = True
+    ) -> None:
+        """Send this rank's message and take in the others'. `early`: the launch, but for its work, may overtake."""
         group = (self._inboxes, self.progress, self._comm._status)
         numbers = (int(self._comm._patience * 1e9), self._index, self.sent, call)
-        self._loaded.launch((blocks, 1, 1), *map(address, (*tensors, *group)), *numbers, *sizes)
+        loaded = self._early if early else self._in_order
+        loaded.launch((blocks, 1, 1), *map(address, (*tensors, *group)), *numbers, *sizes)
         self.sent += 1
 
     def expect(self, rows: int, **tensors: Tensor | None) -> None:

@@ -16,7 +16,19 @@ from helixc.codegen.select import names_for, select
 from helixc.codegen.template_root import template_root
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ffn_shape import FfnShape
-from helixc_runtime.manifest import SCHEMA, Groups, Instance, Memory, Model, ModelArch, Plan, Rank, Role, Rope
+from helixc_runtime.manifest import (
+    SCHEMA,
+    WITHOUT_HOP,
+    Groups,
+    Instance,
+    Memory,
+    Model,
+    ModelArch,
+    Plan,
+    Rank,
+    Role,
+    Rope,
+)
 from tests.deployments import plan_of, role
 from tests.gpu.ffn_cases import QWEN3, V3, V3_LITE
 from tests.gpu.ffn_cases import ffn as mixture_of
@@ -199,8 +211,8 @@ def _rank(number: int, role: Role, q_heads: int, kv_heads: int) -> Rank:
 
 def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     model = Model("m", None, "dummy", 0, "bfloat16", "bfloat16", _arch(32, 8))
-    context = Instance("context", 0, (0,), 1, 1, 1, 1, 1, False, 4, 128, 0.9, "collective", 0)
-    generation = Instance("generation", 0, (1, 2), 2, 2, 1, 4, 1, False, 4, 128, 0.9, "one_sided", 3)
+    context = Instance("context", 0, (0,), 1, 1, 1, 1, 1, False, 4, 128, 0.9, "collective", 0, WITHOUT_HOP)
+    generation = Instance("generation", 0, (1, 2), 2, 2, 1, 4, 1, False, 4, 128, 0.9, "one_sided", 3, WITHOUT_HOP)
     ranks = (_rank(0, "context", 32, 8), _rank(1, "generation", 16, 4), _rank(2, "generation", 16, 4))
     plan = Plan(SCHEMA, "p", model, 32, (context, generation), ranks, (), (), ranks[0], ())
     specs = select(plan, ("sm_90a", "sm_100a"))

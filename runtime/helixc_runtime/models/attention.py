@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from helixc_runtime.attention_shape import LATENT_NORM_EPS
-from helixc_runtime.comm import Comm
 from helixc_runtime.manifest import Mla, ModelArch, Space
 from helixc_runtime.models.layers import rms_norm
+from helixc_runtime.models.pipeline import Pipeline
 from helixc_runtime.models.rotary import Rotary, rotate
 from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaProjections, Norm, Ops, Partial
 from helixc_runtime.weights import Weights
@@ -42,7 +42,9 @@ class Attention(Protocol):
         """
         ...
 
-    def decode(self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, comm: Comm) -> Tensor:
+    def decode(
+        self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, pipeline: Pipeline
+    ) -> Tensor:
         """One new token a row, x [B, hidden] -> summand [B, hidden]."""
         ...
 
@@ -75,9 +77,11 @@ class GqaAttention:
         out = _causal(q, k, v, self.arch.softmax_scale)  # [L, H, D]
         return F.linear(out.flatten(1), self.weights("o", layer)), kv.transpose(1, 2)
 
-    def decode(self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, comm: Comm) -> Tensor:
+    def decode(
+        self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, pipeline: Pipeline
+    ) -> Tensor:
         q = ops.append(self._project(layer, x, ops.linear), cache, batch)
-        out = comm.exchange(ops.attend(q, cache, batch), ops, f"layer {layer} partials")  # [B, H / C, D]
+        out = pipeline.run(q, lambda q, group: ops.attend(q, cache, group), f"layer {layer} partials")  # [B, H / C, D]
         return ops.linear(out.flatten(1), self.weights("o", layer))
 
     def _project(self, layer: int, x: Tensor, linear: Linear = F.linear) -> GqaProjections:
@@ -116,19 +120,24 @@ class MlaAttention:
         out = _causal(torch.cat((q_nope, q_rope), dim=-1), k, v, self.arch.softmax_scale)
         return F.linear(out.flatten(1), self.weights("o", layer)), kv
 
-    def decode(self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, comm: Comm) -> Tensor:
+    def decode(
+        self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, pipeline: Pipeline
+    ) -> Tensor:
         q_nope, q_rope, kv = self._project(
             layer, x, ops.linear, lambda low, norm: ops.add_norm(low.contiguous(), None, None, norm)[1]
         )
         absorbed = ops.linear(q_nope, self.weights("k_up", layer).transpose(1, 2))
         new = MlaProjections(absorbed, q_rope, kv, self.weights("kv_a_norm", layer))
         q = ops.append(new, cache, batch)
-        partial, v_up, what = ops.attend(q, cache, batch), self.weights("v_up", layer), f"layer {layer} partials"
-        if self.space == "value":
-            values = ops.linear(partial.o, v_up).contiguous()  # an empty part's may be NaN, as its partial
-            out = comm.exchange(Partial(values, partial.lse), ops, what)  # [B, H / C, v]
-        else:
-            out = ops.linear(comm.exchange(partial, ops, what), v_up)
+        v_up, before = self.weights("v_up", layer), self.space == "value"
+
+        def attend(q: Tensor, group: DecodeBatch) -> Partial:
+            partial = ops.attend(q, cache, group)
+            # An empty part's values may be NaN, as its partial.
+            return Partial(ops.linear(partial.o, v_up).contiguous(), partial.lse) if before else partial
+
+        out = pipeline.run(q, attend, f"layer {layer} partials")  # [B, H / C, v], or of latents
+        out = out if before else ops.linear(out, v_up)
         return ops.linear(out.flatten(1), self.weights("o", layer))
 
     def _project(self, layer: int, x: Tensor, linear: Linear, normed: Normed) -> tuple[Tensor, Tensor, Tensor]:
