@@ -8,7 +8,19 @@ from typing import cast, get_args
 
 import pytest
 
-from helixc.hardware import EXCHANGE_SHARE, GIB, GPUS, NETWORK_LATENCY, NVLINK_LATENCY, PROJECTION_SHARE
+from helixc.hardware import (
+    ATTENTION_OPERATIONS_SHARE,
+    ATTENTION_READ_SHARE,
+    ATTENTION_START,
+    EXCHANGE_SHARE,
+    EXCHANGE_START,
+    GIB,
+    GPUS,
+    JOIN,
+    NETWORK_LATENCY,
+    NVLINK_LATENCY,
+    PROJECTION_SHARE,
+)
 from helixc.spec.schema import GpuName
 from helixc_runtime.manifest import Transport
 from tests.docs.fences import ROOT
@@ -47,6 +59,18 @@ def test_the_shares_are_those_that_were_measured() -> None:
         assert sent / (many[column] - few[column]) * 1e6 / GPUS["h200"].nvlink == pytest.approx(share, rel=0.25)
         assert f"{share:.0%}" in PAGE
     assert f"{PROJECTION_SHARE:.0%}" in PAGE
+
+
+def test_the_times_of_hop_are_those_in_the_code() -> None:
+    """tests/unit/test_hop.py holds them against what was measured."""
+    words = " ".join(PAGE.split())
+    mla, gqa = (f"{ATTENTION_START[kind] * 1e6:.0f} us" for kind in ("mla", "gqa"))
+    read, operations = f"{ATTENTION_READ_SHARE:.0%}", f"{ATTENTION_OPERATIONS_SHARE:.0%}"
+    assert f"Attention starts in {mla} (MLA) or {gqa} (GQA), then reads at {read} of" in words
+    assert f"computes at {operations} of the tensor cores' rate" in words
+    ours, nccl = (f"{EXCHANGE_START[way] * 1e6:g} us" for way in get_args(Transport))
+    assert f"the exchange starts in {ours} one-sided or {nccl} by NCCL" in words
+    assert f"A kernel that waits for two streams costs {JOIN * 1e6:.0f} us: an assumption" in words
 
 
 def test_the_latencies_are_those_in_the_code() -> None:
