@@ -38,6 +38,7 @@ MODEL_CHECKS: tuple[Check[ModelCase], ...] = (
     helix.kv_heads_divide,
     helix.kv_heads_are_duplicated,
     helix.helix_pays,
+    helix.latents_exist,
     memory.max_tokens_counts_one_rank,
     model.weights_exist,
     model.lengths_are_in_range,
@@ -53,6 +54,7 @@ INDEPENDENT_OF_SIZES = frozenset(
     for check in (
         helix.context_has_no_cp,
         helix.cp_type_is_helix,
+        helix.latents_exist,
         model.weights_exist,
         model.lengths_are_in_range,
         model.generation_holds_what_was_prefilled,

@@ -122,8 +122,8 @@ def _neighbour(rank: Rank, step: int) -> int:
 
 def _partials(plan: Plan, rank: Rank) -> int:
     """Bytes of one token's partials and their LSE: what the rank keeps included."""
-    heads = rank.q_heads[1] - rank.q_heads[0]
-    return heads * (plan.model.arch.partial_dim * DTYPE_BYTES[plan.model.dtype] + DTYPE_BYTES["float32"])
+    heads, width = rank.q_heads[1] - rank.q_heads[0], plan.model.arch.exchanged_dim(rank.exchange_space)
+    return heads * (width * DTYPE_BYTES[plan.model.dtype] + DTYPE_BYTES["float32"])
 
 
 def _logits(plan: Plan, rank: Rank) -> Iterator[Op]:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helixc.model import is_builtin, native_dtype
+from helixc.plan.exchange_space import exchange_space
 from helixc.plan.mapping import Mapping, stages
 from helixc.spec.spec import Hardware, RoleSpec, Spec
-from helixc_runtime.manifest import Dtype, KvDtype, Model, ModelArch, Range, Role, local_length
+from helixc_runtime.manifest import Dtype, KvDtype, Model, ModelArch, Range, Role, Space, local_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class Layout:
     max_seq_len: int
     kv_capacity: int  # tokens of one rank's shard
     free_gpu_memory_fraction: float
+    exchange_space: Space
 
     @property
     def attention_tp(self) -> int:
@@ -55,8 +57,8 @@ def lower(spec: Spec, arch: ModelArch) -> Deployment:
         kv_dtype=kv_dtype(spec.generation, dtype),
         arch=arch,
     )
-    context = _layout("context", spec.context, arch) if spec.context else None
-    generation = _layout("generation", spec.generation, arch)
+    context = _layout("context", spec.context, arch, spec.hardware) if spec.context else None
+    generation = _layout("generation", spec.generation, arch, spec.hardware)
     return Deployment(model, spec.generation.tokens_per_block, context, generation, spec.hardware)
 
 
@@ -72,7 +74,7 @@ def kv_tokens(batch: int, length: int, block: int, cp: int) -> int:
     return batch * -(-local_length(length, block, cp, 0) // block) * block
 
 
-def _layout(role: Role, spec: RoleSpec, arch: ModelArch) -> Layout:
+def _layout(role: Role, spec: RoleSpec, arch: ModelArch, hardware: Hardware) -> Layout:
     ranks = spec.tensor_parallel_size * spec.context_parallel_size
     moe_ep = 1  # of a model without experts, whatever the file says: HX203
     if arch.moe is not None:
@@ -90,4 +92,5 @@ def _layout(role: Role, spec: RoleSpec, arch: ModelArch) -> Layout:
         max_seq_len=max_seq_len,
         kv_capacity=needed if spec.max_tokens is None else min(needed, spec.max_tokens),
         free_gpu_memory_fraction=spec.free_gpu_memory_fraction,
+        exchange_space=exchange_space(spec, arch, hardware),
     )

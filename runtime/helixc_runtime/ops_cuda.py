@@ -152,7 +152,7 @@ class CudaOps:
         _expect_aligned(cache_k=cache.k, cache_v=cache.v, k_scale=cache.k_scale, v_scale=cache.v_scale)
         if self._step is not batch:
             self.begin_step(batch)
-        out = self._empty_partial(len(q), self.shape.heads)
+        out = self._empty_partial(len(q), self.shape.heads, self.shape.partial_dim)
         if len(q):
             self._attend.attend(q, cache, batch, out)
         return out
@@ -166,7 +166,7 @@ class CudaOps:
         parts, rows, heads = lse.shape
         if parts not in self._combines:
             raise ValueError(f"no kernel combines {parts} partials, only {sorted(self._combines) or 'none'}")
-        out = self._empty_partial(rows, heads)
+        out = self._empty_partial(rows, heads, self.shape.exchanged_dim)
         if rows:
             kernel, count = self._combines[parts], rows * heads
             grid = combine_grid(kernel, count)
@@ -192,9 +192,9 @@ class CudaOps:
             self._loaded[kernel.name].launch((len(x), 1, 1), *map(address, pointers), *_NO_GROUP)
         return out, normed
 
-    def _empty_partial(self, rows: int, heads: int) -> Partial:
+    def _empty_partial(self, rows: int, heads: int, width: int) -> Partial:
         dtype: torch.dtype = getattr(torch, self.shape.dtype)
-        o = torch.empty(rows, heads, self.shape.partial_dim, dtype=dtype, device=self.device)
+        o = torch.empty(rows, heads, width, dtype=dtype, device=self.device)
         return Partial(o, torch.empty(rows, heads, dtype=torch.float32, device=self.device))
 
     def _launch_warps(self, kernel: Kernel, warps: int, *values: int) -> None:
@@ -249,8 +249,11 @@ def load_kernel(kernel: Kernel, artifact_dir: Path, device: torch.device) -> Loa
 
 def _check_kernel(kernel: Kernel, shape: AttentionShape) -> None:
     """Raise ValueError unless what the kernel was specialised on is what `shape` says."""
+    named: dict[str, object] = {"mla": shape.is_mla}
+    if kernel.template == "combine":
+        named["partial_dim"] = shape.exchanged_dim
     for name, value in kernel.params.items():
-        wanted = shape.is_mla if name == "mla" else getattr(shape, name, value)
+        wanted = named.get(name, getattr(shape, name, value))
         if value != wanted:
             raise ValueError(f"kernel {kernel.name} has {name} {value}, this rank needs {wanted}")
 

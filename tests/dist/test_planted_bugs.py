@@ -17,6 +17,7 @@ from helixc_runtime import kv
 from helixc_runtime.manifest import Plan
 from helixc_runtime.ops import DecodeBatch, LayerCache, Partial
 from helixc_runtime.ops_torch import TorchOps
+from helixc_runtime.weights import Weights
 from tests.deployments import plan_of, role
 from tests.dist.exactness import Comparison, compare, random_prompts
 from tests.dist.harness import request
@@ -74,22 +75,41 @@ def nan_times_zero() -> None:
     TorchOps.combine = combine  # type: ignore[method-assign]
 
 
+def w_uv_of_the_heads_held() -> None:
+    """W_UV before the exchange, of the heads of after it: those for another rank meet this rank's matrices."""
+    right = Weights.__call__
+
+    def weight(self: Weights, name: str, layer: int | None = None) -> Tensor:
+        found = right(self, name, layer)
+        return found[:6].repeat(2, 1, 1) if name == "v_up" and len(found) == 12 else found  # not a context rank's 24
+
+    Weights.__call__ = weight  # type: ignore[method-assign]
+
+
 def run(
-    tmp_path: Path, change: Callable[[Plan], Plan] = lambda plan: plan, sabotage: Callable[[], None] | None = None
+    tmp_path: Path,
+    change: Callable[[Plan], Plan] = lambda plan: plan,
+    sabotage: Callable[[], None] | None = None,
+    *,
+    values: bool = False,
 ) -> Comparison:
+    """On llama or, with `values`, on latent attention with W_UV before the exchange, and without experts."""
     seed = random.randrange(2**31)
-    checkpoint = make_checkpoint("llama", tmp_path / "checkpoint", seed=seed, layers=2)
-    plan = change(plan_of(str(checkpoint), role(), role(tp=2, cp=2)))
+    family, overrides = ("deepseek-v3-lite", {"first_k_dense_replace": 2}) if values else ("llama", {})
+    checkpoint = make_checkpoint(family, tmp_path / "checkpoint", seed=seed, layers=2, **overrides)
+    plan = change(plan_of(str(checkpoint), role(), role(tp=2, cp=2, exchange_space="value" if values else "auto")))
     requests = [request(i, prompt, 12) for i, prompt in enumerate(random_prompts([2, 3, 30], seed))]
     return compare(checkpoint, plan, requests, tmp_path, sabotage)
 
 
-def test_without_a_bug_it_is_exact(tmp_path: Path) -> None:
-    assert run(tmp_path).exact
+@pytest.mark.parametrize("values", [False, True])
+def test_without_a_bug_it_is_exact(values: bool, tmp_path: Path) -> None:
+    assert run(tmp_path, values=values).exact
 
 
-def test_nan_in_unused_memory_is_harmless(tmp_path: Path) -> None:
-    assert run(tmp_path, sabotage=poisoned_memory).exact
+@pytest.mark.parametrize("values", [False, True])
+def test_nan_in_unused_memory_is_harmless(values: bool, tmp_path: Path) -> None:
+    assert run(tmp_path, sabotage=poisoned_memory, values=values).exact
 
 
 @pytest.mark.parametrize(
@@ -112,5 +132,19 @@ LAYOUT_BUGS: dict[str, Mutation] = {
 @pytest.mark.parametrize("change", LAYOUT_BUGS.values(), ids=LAYOUT_BUGS.keys())
 def test_layout_bug_is_seen(change: Mutation, tmp_path: Path) -> None:
     found = run(tmp_path, change=change)
+    assert not found.exact
+    assert not found.difference < 1e-2
+
+
+def test_w_uv_without_its_head_offset_is_seen(tmp_path: Path) -> None:
+    """Values of every tp rank's heads by the matrices of the first's."""
+    found = run(tmp_path, on_pieces("v_up")(lambda rank, piece: cut(piece, 0, 2, 0)), values=True)
+    assert not found.exact
+    assert not found.difference < 1e-2
+
+
+@pytest.mark.parametrize("sabotage", [w_uv_of_the_heads_held, nan_times_zero], ids=lambda f: f.__name__)
+def test_bug_in_the_exchange_of_values_is_seen(sabotage: Callable[[], None], tmp_path: Path) -> None:
+    found = run(tmp_path, sabotage=sabotage, values=True)
     assert not found.exact
     assert not found.difference < 1e-2

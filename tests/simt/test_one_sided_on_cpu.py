@@ -174,7 +174,14 @@ def test_steps_of_any_size(host: Host, tmp_path: Path, seed: int, monkeypatch: p
         assert max(map(relative_error, results[rank.rank], wanted)) <= 1e-5
 
 
-@pytest.mark.parametrize(("family", "sizes"), [("llama", {"tp": 2, "cp": 2}), ("deepseek-v3-lite", {"cp": 3, "ep": 3})])
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("llama", {"tp": 2, "cp": 2}),
+        ("deepseek-v3-lite", {"cp": 3, "ep": 3, "exchange_space": "latent"}),
+        ("deepseek-v3-lite", {"cp": 3, "ep": 3, "exchange_space": "value"}),
+    ],
+)
 def test_a_deployment_computes_the_same(
     family: str, sizes: dict[str, Any], host: Host, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from helixc.codegen.build import render_all
 from helixc.codegen.config import configure
-from helixc.codegen.problem import attention, ffn, problems
+from helixc.codegen.problem import attention, exchange, ffn, problems
 from helixc.codegen.render import Renderer, RenderError
 from helixc.codegen.select import names_for, select
 from helixc.codegen.template_root import template_root
@@ -181,7 +181,19 @@ def _rank(number: int, role: Role, q_heads: int, kv_heads: int) -> Rank:
     memory = Memory(0, 0, 0, 0, 0)
     coordinates = (0,) * 10
     return Rank(
-        number, role, *coordinates, alone, (0, 4), (8, 8 + q_heads), (2, 2 + kv_heads), (0, 1), None, 0, memory, ()
+        number,
+        role,
+        *coordinates,
+        alone,
+        (0, 4),
+        (8, 8 + q_heads),
+        (2, 2 + kv_heads),
+        (0, 1),
+        "value",
+        None,
+        0,
+        memory,
+        (),
     )
 
 
@@ -263,6 +275,8 @@ def test_dims_no_kernel_serves() -> None:
         configure(problems(replace(gqa(2, 1, 64, 32), rope_dim=0), 1, "sm_90a")[0])
     with pytest.raises(ValueError, match="does not fit 49152 bytes of shared memory"):
         configure(problems(gqa(2, 1, 8192, 32), 1, "sm_90a")[1])
+    with pytest.raises(ValueError, match="exchange_cp2_h8_p20_bf16: 20 columns of 40 bytes are not a multiple of 16"):
+        configure(exchange(replace(mla(16, 32), value_dim=20), 2, "sm_90a"))
 
 
 def test_a_template_line_is_the_line_of_the_message() -> None:

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from helixc_runtime.attention_shape import LATENT_NORM_EPS
 from helixc_runtime.comm import Comm
-from helixc_runtime.manifest import Mla, ModelArch
+from helixc_runtime.manifest import Mla, ModelArch, Space
 from helixc_runtime.models.layers import rms_norm
 from helixc_runtime.models.rotary import Rotary, rotate
-from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaProjections, Norm, Ops
+from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaProjections, Norm, Ops, Partial
 from helixc_runtime.weights import Weights
 
 Linear = Callable[[Tensor, Tensor], Tensor]  # x, weight: see Ops.linear
@@ -47,9 +47,9 @@ class Attention(Protocol):
         ...
 
 
-def make_attention(arch: ModelArch, weights: Weights, rotary: Rotary) -> Attention:
-    """The attention `arch` has."""
-    return MlaAttention(arch, arch.mla, weights, rotary) if arch.mla else GqaAttention(arch, weights, rotary)
+def make_attention(arch: ModelArch, weights: Weights, rotary: Rotary, space: Space) -> Attention:
+    """The attention `arch` has, whose partials are exchanged in `space`."""
+    return MlaAttention(arch, arch.mla, weights, rotary, space) if arch.mla else GqaAttention(arch, weights, rotary)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -94,10 +94,14 @@ def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 class MlaAttention:
-    """Multi-head latent attention (DeepSeek). Decode is absorbed: queries go to the latent space, W_UV comes last."""
+    """Multi-head latent attention (DeepSeek). Decode is absorbed: queries go to the latent space, W_UV comes last.
 
-    def __init__(self, arch: ModelArch, mla: Mla, weights: Weights, rotary: Rotary) -> None:
-        self.arch, self.mla, self.weights, self.rotary = arch, mla, weights, rotary
+    The merge of partials is linear in them, so that W_UV may come before the exchange, of all heads attended, or after
+    it, of the heads that are left.
+    """
+
+    def __init__(self, arch: ModelArch, mla: Mla, weights: Weights, rotary: Rotary, space: Space) -> None:
+        self.arch, self.mla, self.weights, self.rotary, self.space = arch, mla, weights, rotary, space
 
     def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor], keep: Keep) -> tuple[Tensor, Tensor]:
         q_nope, q_rope, kv = self._project(layer, x, F.linear, lambda low, norm: rms_norm(low, *norm))
@@ -119,8 +123,12 @@ class MlaAttention:
         absorbed = ops.linear(q_nope, self.weights("k_up", layer).transpose(1, 2))
         new = MlaProjections(absorbed, q_rope, kv, self.weights("kv_a_norm", layer))
         q = ops.append(new, cache, batch)
-        merged = comm.exchange(ops.attend(q, cache, batch), ops, f"layer {layer} partials")  # [B, H / C, latent]
-        out = ops.linear(merged, self.weights("v_up", layer))
+        partial, v_up, what = ops.attend(q, cache, batch), self.weights("v_up", layer), f"layer {layer} partials"
+        if self.space == "value":
+            values = ops.linear(partial.o, v_up).contiguous()  # an empty part's may be NaN, as its partial
+            out = comm.exchange(Partial(values, partial.lse), ops, what)  # [B, H / C, v]
+        else:
+            out = ops.linear(comm.exchange(partial, ops, what), v_up)
         return ops.linear(out.flatten(1), self.weights("o", layer))
 
     def _project(self, layer: int, x: Tensor, linear: Linear, normed: Normed) -> tuple[Tensor, Tensor, Tensor]:

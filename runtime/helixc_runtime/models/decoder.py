@@ -57,7 +57,7 @@ class Decoder:
         `attends` False: another data-parallel rank has this request; this one only takes part in the FFN. `keep`: see
         Attention.prefill.
         """
-        attention = make_attention(self.arch, self.weights, rotary)
+        attention = make_attention(self.arch, self.weights, rotary, self.rank.exchange_space)
         angles = rotary.angles(torch.arange(tokens.shape[0], device=self.device))
         cached: list[Tensor] = []
 
@@ -81,7 +81,7 @@ class Decoder:
         Rows that this rank does not attend for, other data-parallel ranks' and padding, are empty in `batch`: they
         add zeros to the layer's sum.
         """
-        attention = make_attention(self.arch, self.weights, rotary)
+        attention = make_attention(self.arch, self.weights, rotary, self.rank.exchange_space)
         ops.begin_step(batch)
         self.comm.begin_step()
         first, end = self.rank.layers
