@@ -51,7 +51,8 @@ class OneSidedComm(TorchComm):
         self._exchange = self._reduce = None
         if instance.exchange == "one_sided":
             kernel = _find(chosen, "exchange", cp=instance.cp)
-            self._exchange = _Messages(self, kernel, "cp", instance.max_batch_size, artifact_dir)
+            grouped = instance.hop.groups > 1
+            self._exchange = _Messages(self, kernel, "cp", instance.max_batch_size, artifact_dir, in_order=grouped)
         if instance.reduce_rows:
             kernel = _find(chosen, "reduce", members=len(rank.groups.ffn_tp))
             self._reduce = _Messages(self, kernel, "ffn_tp", instance.reduce_rows, artifact_dir)
@@ -123,15 +124,24 @@ class OneSidedComm(TorchComm):
 class _Messages:
     """One kind of messages of a rank: its kernel, the group's inboxes, and how many there have been."""
 
-    def __init__(self, comm: OneSidedComm, kernel: Kernel, group: GroupName, rows: int, artifact_dir: Path) -> None:
-        """`rows`: the most of a message."""
+    def __init__(
+        self,
+        comm: OneSidedComm,
+        kernel: Kernel,
+        group: GroupName,
+        rows: int,
+        artifact_dir: Path,
+        *,
+        in_order: bool = False,
+    ) -> None:
+        """`rows`: the most of a message. `in_order`: some launches shall not be early."""
         ranks = getattr(comm.rank.groups, group)
         self.kernel, self.rows, self.members = kernel, rows, len(ranks)
         self.sent = 0  # in this step
         self._comm, self._index = comm, ranks.index(comm.rank.rank)
         self._device, self._dtype = comm._device, getattr(torch, str(kernel.params["dtype"]))
         self._early = load_kernel(kernel, artifact_dir, self._device)
-        self._in_order = load_kernel(kernel, artifact_dir, self._device, early=False)
+        self._in_order = load_kernel(kernel, artifact_dir, self._device, early=False) if in_order else self._early
         self.progress = torch.zeros(2, dtype=torch.int32, device=self._device)  # Progress of inbox.cuh
         size = inbox_bytes(kernel, rows)
         self._inboxes = open_inboxes(size, group, self.members, self._index, comm, self._device)
