@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from helixc.codegen.build import render_all
-from helixc.codegen.problem import problems
+from helixc.codegen.problem import exchange, problems
 from helixc_runtime import ops_cuda
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ops import LayerCache
-from helixc_runtime.ops_cuda import CudaOps
+from helixc_runtime.ops_cuda import ARGUMENTS, CudaOps, load_kernel
 from tests.driver.stub import Driver
 from tests.gpu.kernel_cases import Case, gqa, mla, random_case
 
@@ -118,3 +118,14 @@ def test_wrong_arguments_of_combine(ops: CudaOps, shape: AttentionShape, driver:
         with pytest.raises(ValueError, match=message):
             ops.combine(wrong_o, wrong_lse)
     assert driver.launches == before
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_an_exchange_beside_attention_waits_for_its_turn(early: bool, driver: Driver, tmp_path: Path) -> None:
+    """Launched early, it would have its thread blocks before the attention that it runs beside."""
+    kernel = render_all((exchange(SHAPES["gqa"], 2, "sm_90a"),))[0].config.planned()
+    (tmp_path / "any.cubin").write_bytes(b"any")
+    loaded = load_kernel(replace(kernel, cubin="any.cubin"), tmp_path, CPU, early=early)
+    driver.takes(ARGUMENTS["exchange"])
+    loaded.launch((1, 1, 1), *[0] * len(ARGUMENTS["exchange"]))
+    assert driver.record.attribute_count == early
