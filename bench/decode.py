@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +39,7 @@ from bench.gpu_timing import copy_bandwidth, earlier_rows, machine  # noqa: E402
 from helixc.build import build, build_without_kernels, make_plan  # noqa: E402
 from helixc.hardware import GPUS  # noqa: E402
 from helixc.model import read_model  # noqa: E402
+from helixc.spec.spec import RoleSpec  # noqa: E402
 from helixc_runtime.artifact import load  # noqa: E402
 from helixc_runtime.comm import connect  # noqa: E402
 from helixc_runtime.engine import Generation, Session, load_decoder, make_comm, make_ops  # noqa: E402
@@ -70,6 +71,7 @@ class Study:
     cases: tuple[tuple[int, int], ...]  # (batch, tokens cached of each row)
     block: int = BLOCK
     overrides: tuple[tuple[str, Any], ...] = ()  # of ModelArch
+    layouts: dict[str, RoleSpec] = field(default_factory=lambda: LAYOUTS)
 
 
 LENGTHS = (8 * K, 64 * K, 256 * K, M)
@@ -209,7 +211,9 @@ def planned(study: Study, layout: str, artifact: Path, on_gpu: bool) -> Plan:
         arch = replace(arch, num_layers=study.layers, moe=moe)
     arch = replace(arch, max_position=2 * M, **dict(study.overrides))
     batch, length = (max(values) for values in zip(*study.cases, strict=True))
-    generation = replace(LAYOUTS[layout], max_batch_size=batch, max_seq_len=total(length), tokens_per_block=study.block)
+    generation = replace(
+        study.layouts[layout], max_batch_size=batch, max_seq_len=total(length), tokens_per_block=study.block
+    )
     cp = generation.context_parallel_size
     held = [batch * local_length(total(n), study.block, cp, 0) for batch, n in fitting(study, arch, layout)]
     pool = (max(held) // study.block + 8) * study.block  # a page is reserved whole
@@ -237,7 +241,8 @@ def generated() -> int:
 
 def fitting(study: Study, arch: ModelArch, layout: str) -> list[tuple[int, int]]:
     """The cases whose KV a rank of the layout can hold."""
-    tp, cp = LAYOUTS[layout].tensor_parallel_size, LAYOUTS[layout].context_parallel_size
+    sizes = study.layouts[layout]
+    tp, cp = sizes.tensor_parallel_size, sizes.context_parallel_size
     heads = 1 if arch.mla else arch.num_kv_heads // tp
     token = arch.kv_bytes("bfloat16") * heads * arch.num_layers
     return [(batch, n) for batch, n in study.cases if batch * local_length(n, study.block, cp, 0) * token <= POOL_BYTES]
@@ -271,8 +276,8 @@ def floor_bytes(plan: Plan, rank: Rank, batch: int, tokens: int) -> float:
 
 
 def run_pair(study: Study, folder: Path, on_gpu: bool, profile: bool) -> None:
-    """Both layouts, one after the other, by two processes; the first leaves LAYOUT.json in `folder`."""
-    context, ports = multiprocessing.get_context("spawn"), [free_port() for _ in LAYOUTS]
+    """The layouts, one after the other, by two processes; the first leaves LAYOUT.json in `folder`."""
+    context, ports = multiprocessing.get_context("spawn"), [free_port() for _ in study.layouts]
     ranks = [context.Process(target=run_rank, args=(study, folder, on_gpu, profile, r, ports)) for r in range(2)]
     deadline = time.monotonic() + DEADLINE_S
     for process in ranks:
@@ -299,7 +304,7 @@ def free_port() -> int:
 def run_rank(study: Study, folder: Path, on_gpu: bool, profile: bool, rank: int, ports: Sequence[int]) -> None:
     """One of the two processes."""
     torch.set_num_threads(1)
-    for layout, port in zip(LAYOUTS, ports, strict=True):
+    for layout, port in zip(study.layouts, ports, strict=True):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
         if on_gpu:

@@ -59,10 +59,10 @@ def exchange(shape: AttentionShape, cp: int, arch: str) -> KernelSpec:
     params: Params = (
         ("cp", cp),
         ("out_heads", heads),
-        ("partial_dim", shape.partial_dim),
+        ("partial_dim", shape.exchanged_dim),
         ("dtype", shape.dtype),
     )
-    name = f"exchange_cp{cp}_h{heads}_p{shape.partial_dim}_{_SHORT[shape.dtype]}"
+    name = f"exchange_cp{cp}_h{heads}_p{shape.exchanged_dim}_{_SHORT[shape.dtype]}"
     return KernelSpec(name, "exchange", params, arch)
 
 
@@ -74,11 +74,11 @@ def merge_exchange(shape: AttentionShape, cp: int, arch: str) -> KernelSpec:
 
 
 def merges_as_it_sends(shape: AttentionShape, arch: str) -> bool:
-    """Whether the exchange of `shape` is merge_exchange: for all of Hopper's MLA.
+    """Whether the exchange of `shape` is merge_exchange: for Hopper's MLA, where latents are exchanged.
 
     Its GQA merges within attention's own launch, and the portable kernels' splits lie otherwise.
     """
-    return arch == "sm_90a" and _hopper_mla(shape) and not read_switches().portable
+    return arch == "sm_90a" and _hopper_mla(shape) and shape.value_dim is None and not read_switches().portable
 
 
 def batch(shape: AttentionShape, factor: float, arch: str) -> KernelSpec:
@@ -265,8 +265,8 @@ def _merge(shape: AttentionShape, arch: str) -> KernelSpec:
 
 
 def _combine(shape: AttentionShape, cp: int, arch: str) -> KernelSpec:
-    params: Params = (("cp", cp), ("partial_dim", shape.partial_dim), ("dtype", shape.dtype))
-    return KernelSpec(f"combine_cp{cp}_p{shape.partial_dim}_{_SHORT[shape.dtype]}", "combine", params, arch)
+    params: Params = (("cp", cp), ("partial_dim", shape.exchanged_dim), ("dtype", shape.dtype))
+    return KernelSpec(f"combine_cp{cp}_p{shape.exchanged_dim}_{_SHORT[shape.dtype]}", "combine", params, arch)
 
 
 def _heads(shape: AttentionShape) -> Params:

@@ -54,7 +54,8 @@ class OneSidedComm(TorchComm):
         self._exchange = self._reduce = None
         if instance.exchange == "one_sided":
             kernel = _find(chosen, *EXCHANGES, cp=instance.cp)
-            self._exchange = _Messages(self, kernel, "cp", instance.max_batch_size, artifact_dir)
+            grouped = instance.hop.groups > 1
+            self._exchange = _Messages(self, kernel, "cp", instance.max_batch_size, artifact_dir, in_order=grouped)
         if instance.reduce_rows:
             kernel = _find(chosen, "reduce", members=len(rank.groups.ffn_tp))
             self._reduce = _Messages(self, kernel, "ffn_tp", instance.reduce_rows, artifact_dir)
@@ -78,12 +79,13 @@ class OneSidedComm(TorchComm):
                 f"rank {self.rank.rank} waited {self._patience:g} s for rank {gone} in vain: {what}, decode step {step}"
             )
 
-    def exchange(self, partial: Partial | SplitPartial, ops: Ops, what: str) -> Tensor:
+    def exchange(self, partial: Partial | SplitPartial, ops: Ops, what: str, out: Tensor | None = None) -> Tensor:
         kind = self._exchange
         if kind is None:
-            return super().exchange(partial, ops, what)
+            return super().exchange(partial, ops, what, out)
         params, splits = kind.kernel.params, None
-        if isinstance(partial, SplitPartial) and kind.kernel.template == "merge_exchange":
+        merges = kind.kernel.template == "merge_exchange"
+        if merges and isinstance(partial, SplitPartial):
             splits, partial = partial, partial.partial
         o, lse = partial.merged()
         rows, heads, width = len(o), int(params["out_heads"]), int(params["partial_dim"])
@@ -92,17 +94,19 @@ class OneSidedComm(TorchComm):
         expect_shape("lse", lse, (rows, heads * kind.members))
         if lse.dtype != torch.float32 or not lse.is_contiguous():
             raise ValueError(f"lse is {lse.dtype}, or not contiguous, expected float32")
-        out = torch.empty(rows, heads, width, dtype=o.dtype, device=o.device)
-        blocks, call = -(-rows * heads // (int(params["threads"]) // _WARP)), self._call("cp", what)
-        if kind.kernel.template == "exchange":
-            kind.launch(blocks, (out, o, lse), (rows, kind.rows), call)
-            return out
-        mergers = kind.mergers(rows) if splits else 0
-        pointers = (splits.o, splits.lse, splits.rows, splits.count) if splits else (None, None, None, self._none)
-        if splits:
-            queries = heads * kind.members * int(params["row_tokens"])
-            expect_shape("the splits' o", splits.o, (len(splits.lse), queries, width))
-        kind.launch(mergers + blocks, (out, o, lse, *pointers), (rows, kind.rows, mergers), call)
+        early = out is None  # else the attention of other rows shall have its thread blocks before
+        if out is None:
+            out = torch.empty(rows, heads, width, dtype=o.dtype, device=o.device)
+        expect_shape("out", out, (rows, heads, width))
+        kind.expect(rows, out=out)
+        blocks = -(-rows * heads // (int(params["threads"]) // _WARP))
+        tensors: tuple[Tensor | None, ...] = (out, o, lse)
+        sizes: tuple[int, ...] = (rows, kind.rows)
+        if merges:
+            mergers = kind.mergers(splits, rows)
+            tensors += (splits.o, splits.lse, splits.rows, splits.count) if splits else (None, None, None, self._none)
+            blocks, sizes = mergers + blocks, (*sizes, mergers)
+        kind.launch(blocks, tensors, sizes, self._call("cp", what), early=early)
         return out
 
     def reduce(
@@ -132,29 +136,45 @@ class OneSidedComm(TorchComm):
 class _Messages:
     """One kind of messages of a rank: its kernel, the group's inboxes, and how many there have been."""
 
-    def __init__(self, comm: OneSidedComm, kernel: Kernel, group: GroupName, rows: int, artifact_dir: Path) -> None:
-        """`rows`: the most of a message."""
+    def __init__(
+        self,
+        comm: OneSidedComm,
+        kernel: Kernel,
+        group: GroupName,
+        rows: int,
+        artifact_dir: Path,
+        *,
+        in_order: bool = False,
+    ) -> None:
+        """`rows`: the most of a message. `in_order`: some launches shall not be early."""
         ranks = getattr(comm.rank.groups, group)
         self.kernel, self.rows, self.members = kernel, rows, len(ranks)
         self.sent = 0  # in this step
         self._comm, self._index = comm, ranks.index(comm.rank.rank)
         self._device, self._dtype = comm._device, getattr(torch, str(kernel.params["dtype"]))
-        self._loaded = load_kernel(kernel, artifact_dir, self._device)
+        self._early = load_kernel(kernel, artifact_dir, self._device)
+        self._in_order = load_kernel(kernel, artifact_dir, self._device, early=False) if in_order else self._early
         self.progress = torch.zeros(2, dtype=torch.int32, device=self._device)  # Progress of inbox.cuh
         size = inbox_bytes(kernel, rows)
         self._inboxes = open_inboxes(size, group, self.members, self._index, comm, self._device)
 
-    def mergers(self, rows: int) -> int:
+    def mergers(self, splits: SplitPartial | None, rows: int) -> int:
         """Thread blocks for the splits of so many rows: what the GPU holds at once, if there is a piece for each."""
+        if splits is None:
+            return 0
         params = self.kernel.params
-        pieces = rows * int(params["out_heads"]) * self.members * pieces_of(self.kernel)
-        return min(_PROCESSORS * int(params["blocks"]), pieces)
+        heads, width = int(params["out_heads"]) * self.members, int(params["partial_dim"])
+        expect_shape("the splits' o", splits.o, (len(splits.lse), heads * int(params["row_tokens"]), width))
+        return min(_PROCESSORS * int(params["blocks"]), rows * heads * pieces_of(self.kernel))
 
-    def launch(self, blocks: int, tensors: Sequence[Tensor | None], sizes: tuple[int, ...], call: int) -> None:
-        """Send this rank's message and take in the others'."""
+    def launch(
+        self, blocks: int, tensors: Sequence[Tensor | None], sizes: tuple[int, ...], call: int, *, early: bool = True
+    ) -> None:
+        """Send this rank's message and take in the others'. `early`: the launch, but for its work, may overtake."""
         group = (self._inboxes, self.progress, self._comm._status)
         numbers = (int(self._comm._patience * 1e9), self._index, self.sent, call)
-        self._loaded.launch((blocks, 1, 1), *map(address, (*tensors, *group)), *numbers, *sizes)
+        loaded = self._early if early else self._in_order
+        loaded.launch((blocks, 1, 1), *map(address, (*tensors, *group)), *numbers, *sizes)
         self.sent += 1
 
     def expect(self, rows: int, **tensors: Tensor | None) -> None:
