@@ -57,8 +57,11 @@ class Ending:
 
 
 def pair_plan(model: str, folder: Path, arch: str, rows: int) -> Plan:
-    """`gen tp1 cp2` of a built-in geometry in bfloat16 on one host, compiled in `folder`; one-sided up to `rows`."""
-    plan = plan_of(model, None, role(cp=2, batch=rows, block=64), dtype="bfloat16")
+    """`gen tp1 cp2` of a built-in geometry in bfloat16 on one host, compiled in `folder`; one-sided up to `rows`.
+
+    Latent attention exchanges latents, whatever would be chosen for so many rows.
+    """
+    plan = plan_of(model, None, role(cp=2, batch=rows, block=64, exchange_space="latent"), dtype="bfloat16")
     plan = replace(plan, instances=(replace(plan.instances[0], reduce_rows=rows),))
     return replace(plan, kernels=compiled(select(plan, (arch,)), folder))
 
