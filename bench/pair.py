@@ -57,13 +57,18 @@ class Ending:
 
 
 def pair_plan(model: str, folder: Path, arch: str, rows: int) -> Plan:
-    """`gen tp1 cp2` of a built-in geometry in bfloat16 on one host, compiled in `folder`; one-sided up to `rows`.
+    """bare_plan, compiled in `folder`."""
+    plan = bare_plan(model, rows)
+    return replace(plan, kernels=compiled(select(plan, (arch,)), folder))
+
+
+def bare_plan(model: str, rows: int) -> Plan:
+    """`gen tp1 cp2` of a built-in geometry in bfloat16 on one host, without kernels; one-sided up to `rows`.
 
     Latent attention exchanges latents, whatever would be chosen for so many rows.
     """
     plan = plan_of(model, None, role(cp=2, batch=rows, block=64, exchange_space="latent"), dtype="bfloat16")
-    plan = replace(plan, instances=(replace(plan.instances[0], reduce_rows=rows),))
-    return replace(plan, kernels=compiled(select(plan, (arch,)), folder))
+    return replace(plan, instances=(replace(plan.instances[0], reduce_rows=rows),))
 
 
 def compiled(specs: Sequence[KernelSpec], folder: Path) -> tuple[Kernel, ...]:

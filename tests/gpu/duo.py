@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.pair import pair_plan
+from bench.pair import bare_plan, compiled
+from helixc.codegen.select import select
 from helixc_runtime import one_sided
 from helixc_runtime.attention_shape import attention_shape
 from helixc_runtime.comm import Comm, GroupName
+from helixc_runtime.ffn_cuda import ARGUMENTS as FFN_ARGUMENTS
 from helixc_runtime.manifest import Plan
 from helixc_runtime.one_sided import OneSidedComm
 from helixc_runtime.ops_cuda import CudaOps
@@ -78,6 +80,6 @@ class Duo:
 
 def duo_plan(model: str, folder: Path) -> Plan:
     """Two ranks with nothing but what attention and the sends need: the kernels of the FFN are left out."""
-    plan = pair_plan(model, folder, "sm_90a", ROWS)
-    kernels = tuple(k for k in plan.kernels if k.template not in ("linear", "router", "gate_up", "down"))
-    return replace(plan, kernels=kernels)
+    plan = bare_plan(model, ROWS)
+    specs = [spec for spec in select(plan, ("sm_90a",)) if spec.template not in FFN_ARGUMENTS]
+    return replace(plan, kernels=compiled(specs, folder))

@@ -9,9 +9,9 @@
 // once; few partials are merged by a warp, many by all warps of a thread block. A piece has its own LSE in the inbox:
 // no thread block knows when the others send theirs.
 //
-// Mergers wait for nobody, and the others only for mergers and for what other GPUs send of the same row and head. Thread
-// blocks start in the order of their numbers: so some head can always go on, however few of them are on the GPU at once,
-// and whichever rows each rank has split.
+// Mergers wait for nobody, and the others only for mergers and for what other GPUs send of the same row and head.
+// Thread blocks start in the order of their numbers: so some head can always go on, however few of them are on the GPU
+// at once, and whichever rows each rank has split.
 //
 // Programmatic dependent launch: which rows are split stands in the schedule, which is older than the kernel before and
 // read before that has ended; splits, o and lse are not. Roofline: L2, the splits, then NVLink (exchange.cuh).
@@ -88,7 +88,10 @@ template <class C> HELIX_DEVICE void merge_over_lanes(Merged& sum) {
   }
 }
 
-template <class C> struct WarpSums { float values[PieceMerge<C>::kWarps][kPieceColumns], tops[PieceMerge<C>::kWarps], totals[PieceMerge<C>::kWarps]; };
+template <class C> struct WarpSums {
+  static constexpr int kWarps = PieceMerge<C>::kWarps;
+  float values[kWarps][kPieceColumns], tops[kWarps], totals[kWarps];
+};
 
 // Of the block's warps; those below kPieceLanes get it, and only they may use it. Called by the whole block.
 template <class C> HELIX_DEVICE void merge_over_warps(Merged& sum, WarpSums<C>& shared) {
