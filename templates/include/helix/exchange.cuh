@@ -9,7 +9,7 @@
 //
 // One warp a (row, own head): it sends the heads that the same warp on every other GPU waits for, then waits for what
 // those send. So no thread block waits for another one of its own GPU, and any grid makes progress.
-// Roofline: NVLink, rows * (N - 1) * H * (P * size + 4) bytes out and in; at few rows the way there and back, some 4 us.
+// Roofline: NVLink, rows * (N - 1) * H * (P * size + 4) bytes out and in; at few rows the way there and back, 3 us.
 #pragma once
 #include "helix/inbox.cuh"
 #include "helix/warp.cuh"
