@@ -24,7 +24,10 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 KvDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]  # float8: with scales, see quantize.py
 Role = Literal["context", "generation"]
 Transport = Literal["one_sided", "collective"]
+Handoff = Literal["peer", "host"]
 
+PAGE_BYTES = 4  # of a page's number, as a receiver tells it to a peer
+REPLY_BYTES = 256  # of a peer's answer, see handoff.py
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
@@ -200,6 +203,8 @@ class Instance:
 
     A generation rank's KV pool may take at most free_gpu_memory_fraction of what is free once the weights are loaded.
     One-sided: on GPUs, kernels write into the memory of the other ranks of a group, which all share a host.
+
+    Peer: context ranks write a prompt's KV into the pages of those generation ranks that share their host (`shares`).
     """
 
     role: Role
@@ -216,6 +221,7 @@ class Instance:
     free_gpu_memory_fraction: float
     exchange: Transport  # in the cp groups
     reduce_rows: int  # decode batches up to this are summed in the ffn_tp groups one-sidedly, larger ones collectively
+    handoff: Handoff  # how a context instance's KV leaves it; "host" where nothing does
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,6 +336,14 @@ class Plan:
 
     def instance_of(self, rank: Rank) -> Instance:
         return next(i for i in self.instances if (i.role, i.index) == (rank.role, rank.instance))
+
+    def shares(self, source: Rank, target: Rank) -> bool:
+        """Whether context rank `source` writes its KV into the pages of generation rank `target`, its peer."""
+        return source.node == target.node and self.instance_of(source).handoff == "peer"
+
+    def most_pages(self, instance: Instance) -> int:
+        """Pages that a request may need on one rank of `instance`: on its fullest one, cp rank 0."""
+        return -(-local_length(instance.max_seq_len, self.tokens_per_block, instance.cp, 0) // self.tokens_per_block)
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------
