@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -60,10 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     gpus = min(2, torch.cuda.device_count())
     result: dict[str, Any] = {**machine(), "gpus": gpus, "copy_gb_s": copy_bandwidth(gpus), "rows": []}
-    result["rows"] = measure(CASES, TOKENS, REPEATS, gpus, random.randrange(1 << 30))
-    text = json.dumps(result, indent=1) + "\n"
-    options.out.write_text(text)
-    print(text)
+    for row in measure(CASES, TOKENS, REPEATS, gpus, random.randrange(1 << 30)):
+        print(row, flush=True)
+        result["rows"].append(row)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
@@ -83,8 +83,8 @@ def copy_bandwidth(gpus: int) -> float:
 
 def measure(
     cases: Sequence[tuple[str, Any]], lengths: Sequence[int], repeats: dict[Handoff, int], gpus: int, seed: int
-) -> list[dict[str, Any]]:
-    """A row for each case, (model, kv_dtype), and prompt length.
+) -> Iterator[dict[str, Any]]:
+    """A row for each case, (model, kv_dtype), and prompt length, as they come.
 
     Raises RuntimeError if a process fails or the two ways leave other bytes.
     """
@@ -103,7 +103,7 @@ def measure(
             theirs.close()
             pipes.append(ours)
         try:
-            return _answers(pipes, seed)[pipes[1]]
+            yield from _rows(pipes, seed)
         finally:
             for process in processes:
                 process.kill()
@@ -122,19 +122,21 @@ def compiled(model: str, kv_dtype: Any, tokens: int, folder: Path) -> Plan:
     return replace(plan, kernels=tuple(kernels), transfers=tuple(t for t in plan.transfers if t.target == 0))
 
 
-def _answers(pipes: Sequence[Connection], seed: int) -> dict[Connection, Any]:
-    """What both processes return. Raises RuntimeError for the first that fails."""
-    found: dict[Connection, Any] = {}
-    until = time.monotonic() + DEADLINE_S
-    while waiting := [pipe for pipe in pipes if pipe not in found]:
-        ready = wait(waiting, max(0.0, until - time.monotonic()))
+def _rows(pipes: Sequence[Connection], seed: int) -> Iterator[dict[str, Any]]:
+    """What both processes tell until they are done. Raises RuntimeError for the first that fails."""
+    waiting = list(pipes)
+    while waiting:
+        ready = wait(waiting, DEADLINE_S)
         if not ready:
-            raise RuntimeError(f"no answer within {DEADLINE_S:g} s, {seed=}")
-        for pipe in (pipe for pipe in waiting if pipe in ready):
-            how, found[pipe] = pipe.recv()
-            if how != "done":
-                raise RuntimeError(f"{seed=}\n{found[pipe]}")
-    return found
+            raise RuntimeError(f"nothing new for {DEADLINE_S:g} s, {seed=}")
+        for pipe in (pipe for pipe in pipes if pipe in ready):
+            how, told = pipe.recv()
+            if how == "failed":
+                raise RuntimeError(f"{seed=}\n{told}")
+            if how == "row":
+                yield told
+            else:
+                waiting.remove(pipe)
 
 
 def _process(
@@ -153,15 +155,14 @@ def _process(
         torch.cuda.set_device(device)
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=index, world_size=2)
         with torch.inference_mode():
-            value: list[dict[str, Any]] = []
             for plan in plans:
                 if index == 0:
                     _send(plan, folder, lengths, repeats, device, seed)
                 else:
-                    value += _receive(plan, lengths, repeats, device)
+                    _receive(plan, lengths, repeats, device, pipe)
                 torch.cuda.synchronize(device)
                 dist.barrier()
-        pipe.send(("done", value))
+        pipe.send(("done", None))
     except BaseException:
         pipe.send(("failed", traceback.format_exc()))
     finally:
@@ -204,9 +205,9 @@ def _send(
 
 
 def _receive(
-    plan: Plan, lengths: Sequence[int], repeats: dict[Handoff, int], device: torch.device
-) -> list[dict[str, Any]]:
-    rank, rows, cp = plan.ranks[1], [], plan.instances[1].cp
+    plan: Plan, lengths: Sequence[int], repeats: dict[Handoff, int], device: torch.device, pipe: Connection
+) -> None:
+    rank, cp = plan.ranks[1], plan.instances[1].cp
     cache = KvCache(plan.model, rank, BLOCK, 1, plan.most_pages(plan.instances[1]), device, shared=True)
     dist.broadcast_object_list([cache.arena.handle()], 1)
     random.shuffle(cache._free)
@@ -231,16 +232,9 @@ def _receive(
         owned = local_length(length, BLOCK, cp, 0)
         size = owned * rank.memory.kv_per_token
         seconds = {way: statistics.median(found[1:] or found) for way, found in times.items()}  # the first maps
-        rows.append(
-            {
-                "model": plan.model.name,
-                "kv_dtype": plan.model.kv_dtype,
-                "tokens": length,
-                "bytes": size,
-                **{f"{way}_ms": round(1e3 * s, 3) for way, s in seconds.items()},
-            }
-        )
-    return rows
+        milliseconds = {f"{way}_ms": round(1e3 * s, 3) for way, s in seconds.items()}
+        cached = {"model": plan.model.name, "kv_dtype": plan.model.kv_dtype}
+        pipe.send(("row", {**cached, "tokens": length, "bytes": size, **milliseconds}))
 
 
 def _order(repeats: dict[Handoff, int]) -> list[Handoff]:

@@ -54,7 +54,8 @@ class Case:
     def cache(self, rank: Rank, device: torch.device = CPU) -> tuple[KvCache, Row]:
         """Of generation rank `rank`: pages in any order, and the prompt's row, which has some."""
         block, length = self.plan.tokens_per_block, len(self.request.token_ids)
-        cache, row = KvCache(self.plan.model, rank, block, 2, 100, device, shared=True), Row(3, 1, length, 5, [0])
+        width = self.plan.most_pages(self.plan.instance_of(rank))
+        cache, row = KvCache(self.plan.model, rank, block, 2, width, device, shared=True), Row(3, 1, length, 5, [0])
         cache.arena.memory.fill_(255)  # NaN, whatever the dtype
         other = Row(1, 0, random.Random(self.seed).randint(1, 30), 1)
         cache.reserve(other)

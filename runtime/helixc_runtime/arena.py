@@ -5,11 +5,13 @@ Neither outlives the processes that use it, however they end.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import mmap
 import os
 import weakref
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -43,8 +45,7 @@ class Arena:
             return json.dumps({"process": os.getpid(), "file": self._file})
         driver, address = _driver(), ctypes.c_uint64(self.memory.data_ptr())
         base, whole, handle = ctypes.c_uint64(), ctypes.c_size_t(), _Handle()
-        with torch.cuda.device(self.memory.device):
-            torch.zeros(1, device=self.memory.device)  # makes torch's context this thread's
+        with _current(self.memory.device):
             # What is shared is the whole allocation, in which torch has placed us.
             _check(driver, driver.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(whole), address), "sharing")
             _check(driver, driver.cuIpcGetMemHandle(ctypes.byref(handle), base), "sharing")
@@ -71,8 +72,7 @@ def map_gpu_arena(handle: str, device: torch.device) -> int:
     """
     place, driver, address = json.loads(handle), _driver(), ctypes.c_uint64()
     theirs = _Handle.from_buffer_copy(bytes.fromhex(place["ipc"]))
-    with torch.cuda.device(device):
-        torch.zeros(1, device=device)  # makes torch's context this thread's
+    with _current(device):
         opened = driver.cuIpcOpenMemHandle_v2(ctypes.byref(address), theirs, _LAZY_ENABLE_PEER_ACCESS)
         _check(driver, opened, "mapping")
     return address.value + int(place["offset"])
@@ -82,6 +82,14 @@ class _Handle(ctypes.Structure):
     """CUipcMemHandle of cuda.h, which is passed by value."""
 
     _fields_ = (("bytes", ctypes.c_uint8 * _HANDLE_BYTES),)
+
+
+@contextlib.contextmanager
+def _current(device: torch.device) -> Iterator[None]:
+    """The calling thread talks to torch's context of `device`, which has to exist by then."""
+    with torch.cuda.device(device):
+        torch.zeros(1, device=device)
+        yield
 
 
 _WAY_OUT = "Compile the deployment with HELIXC_HOST_HANDOFF=1 if its ranks cannot write into each other's memory"

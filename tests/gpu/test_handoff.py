@@ -56,7 +56,7 @@ def test_pages(layout: Any, dtype: str, kv_dtype: str, tmp_path: Path, seed: int
 def test_two_processes(model: str, kv_dtype: str, seed: int) -> None:
     """A context and a generation rank, by both ways: the same bytes in the pages, whatever the lengths."""
     gpus = min(2, torch.cuda.device_count())
-    rows = measure([(model, kv_dtype)], (1, 63, 64, 65, 200, 1000), {"peer": 3, "host": 2}, gpus, seed)
+    rows = list(measure([(model, kv_dtype)], (1, 63, 64, 65, 200, 1000), {"peer": 3, "host": 2}, gpus, seed))
     assert [row["tokens"] for row in rows] == [1, 63, 64, 65, 200, 1000]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import random
@@ -14,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from helixc_runtime import arena as arena_module
 from helixc_runtime import handoff, page_writer
-from helixc_runtime.arena import Arena, map_arena
+from helixc_runtime.arena import Arena, map_arena, map_gpu_arena
 from helixc_runtime.handoff import HandoffError, HandoffLost
 from helixc_runtime.manifest import Rank, Transfer
 from helixc_runtime.page_writer import TorchPageWriter
@@ -211,3 +213,50 @@ def test_less_memory_than_both_ends_believe_is_refused() -> None:
     arena = Arena(100, CPU, shared=True)
     with pytest.raises(PeerMemoryError, match="mapping the KV pages"):
         map_arena(arena.handle(), 1 << 20)
+
+
+class Driver:
+    """CUDA's part in sharing memory: an allocation of 10 MB at address 1 << 40, mapped elsewhere at 1 << 44."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.status, self.opened = status, b""
+
+    def cuMemGetAddressRange_v2(self, base: Any, size: Any, address: Any) -> int:
+        base._obj.value, size._obj.value = 1 << 40, 10_000_000
+        return 0
+
+    def cuIpcGetMemHandle(self, handle: Any, base: Any) -> int:
+        assert base.value == 1 << 40
+        handle._obj.bytes[:] = range(64)
+        return self.status
+
+    def cuIpcOpenMemHandle_v2(self, address: Any, handle: Any, flags: int) -> int:
+        self.opened, address._obj.value = bytes(handle.bytes), 1 << 44
+        return self.status
+
+    def cuGetErrorName(self, status: int, name: Any) -> int:
+        name._obj.value = b"CUDA_ERROR_PEER_ACCESS_UNSUPPORTED"
+        return 0
+
+
+class GpuMemory:
+    """What an Arena asks of its tensor."""
+
+    device = torch.device("cuda", 1)
+
+    def data_ptr(self) -> int:
+        return (1 << 40) + 4096
+
+
+def test_the_handle_of_a_gpus_arena(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who maps it finds it where it lies in its allocation."""
+    driver, arena = Driver(), Arena(1, CPU, shared=False)
+    monkeypatch.setattr(arena_module, "_driver", lambda: driver)
+    monkeypatch.setattr(arena_module, "_current", contextlib.nullcontext)
+    arena.memory = GpuMemory()  # type: ignore[assignment]
+    assert map_gpu_arena(arena.handle(), GpuMemory.device) == (1 << 44) + 4096
+    assert driver.opened == bytes(range(64))
+    handle, driver.status = arena.handle(), 217
+    for call in (arena.handle, lambda: map_gpu_arena(handle, GpuMemory.device)):
+        with pytest.raises(PeerMemoryError, match=r"CUDA_ERROR_PEER_ACCESS_UNSUPPORTED\. .*HELIXC_HOST_HANDOFF=1"):
+            call()
