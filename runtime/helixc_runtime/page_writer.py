@@ -163,4 +163,4 @@ def _local(t: Transfer, rank: Rank) -> slice:
 def _loadable(kv: Tensor) -> Tensor:
     """`kv`, or a copy of it, whose vectors the kernel can load."""
     whole = all(stride * kv.element_size() % 16 == 0 for stride in kv.stride()[:-1]) and kv.stride(-1) == 1
-    return kv if whole and kv.data_ptr() % 16 == 0 else kv.contiguous()
+    return kv if whole and kv.data_ptr() % 16 == 0 else kv.clone(memory_format=torch.contiguous_format)

@@ -109,7 +109,7 @@ ORDER = (
     Bug(
         "a prefill whose peers are on other hosts",
         "transports",
-        on_ranks(lambda _, r: replace(r, node=9) if r.role == "context" else r),
+        on_ranks(lambda _, r: replace(r, node=9), role="context"),
     ),
     Bug(
         "a generation instance that hands over",
