@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from helixc.launch.metrics import Summary, decode_gaps, gigabytes_a_second, percentile
+from helixc.launch.metrics import Metrics, Summary, decode_gaps, gigabytes_a_second, percentile
 from helixc.launch.record import Record, Verdict
 from helixc.table import aligned
 from helixc_runtime.manifest import Plan
@@ -32,9 +32,14 @@ def table(summary: Summary, record: Record) -> str:
     overall = f"TTL p50 {milliseconds(metrics.ttl_p50_s)}, p99 {milliseconds(metrics.ttl_p99_s)} over all requests"
     lines = [*aligned([_HEAD, *rows]), "", overall]
     moved = handed_over(metrics.handoff_bytes, metrics.handoff_s)
-    peers = f", {metrics.handoff_peer_bytes:,} of the bytes between peers" if metrics.handoff_peer_bytes else ""
-    lines += [f"KV handed over: {moved}{peers}", f"KV tokens stored: {kv or 'none reported'}"]
+    lines += [f"KV handed over: {moved}{_between_peers(metrics)}", f"KV tokens stored: {kv or 'none reported'}"]
     return "\n".join(lines) + "\n"
+
+
+def _between_peers(metrics: Metrics) -> str:
+    if metrics.handoff_peer_bytes in (0, metrics.handoff_bytes):
+        return ", between peers" if metrics.handoff_peer_bytes else ""
+    return f", {metrics.handoff_peer_bytes:,} of them between peers"
 
 
 def handed_over(size: int, seconds: float | None) -> str:

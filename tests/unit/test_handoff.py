@@ -134,6 +134,24 @@ def test_a_wrong_handoff_is_noticed(
         check_all(case)
 
 
+def test_pages_are_told_when_the_gpu_has_done_its_work(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step under way may append to pages that were given back: what a peer writes must come after it."""
+    case = random_case(LAYOUTS[0], "auto", seed)
+    rank, order = case.ranks("generation")[0], list[str]()
+    cache, row = case.cache(rank)
+    cache.device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: order.append(f"waited for {device}"))
+
+    class Recorder:
+        def isend(self, x: Tensor, rank: int, tag: int) -> Any:
+            order.append(f"told {rank} {x[: len(cache.pages(row))].tolist()}")
+
+    recorder: Any = Recorder()
+    handoff._tell(case.plan, rank, case.request, row, cache, recorder, [1, 0])
+    pages = cache.pages(row)
+    assert order == ["waited for cuda:0", f"told 1 {pages}", f"told 0 {pages}"]
+
+
 # --- Faults -----------------------------------------------------------------------------------------------------
 
 

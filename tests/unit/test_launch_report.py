@@ -77,7 +77,7 @@ def test_ttft_counts_from_the_instances_readiness_and_ttl_leaves_the_handoff_out
     assert metrics == {**moved, "kv_tokens_per_rank": {"4": 9, "5": 8}}
     assert found["verify"] is None
     printed = table(summary, record)
-    overall = "KV handed over: 2,201 bytes in 2000 ms, 1.1e-06 GB/s, 1,400 of the bytes between peers\n"
+    overall = "KV handed over: 2,201 bytes in 2000 ms, 1.1e-06 GB/s, 1,400 of them between peers\n"
     assert overall in printed and "rank 4: 9, rank 5: 8" in printed
     of_first = "0 3 4 stop 500 ms 200 ms 298 ms 1,000 bytes in 500 ms, 2e-06 GB/s"
     assert " ".join(printed.splitlines()[1].split()) == of_first
