@@ -78,7 +78,7 @@ def handoff(plan: Plan, source: Instance, target: Instance, moved: Iterable[Tran
     for t, (sender, receiver) in peers.items():  # all are told before the receiver waits for anything
         programs[receiver].append(Op("post", (receiver, sender), pages, f"pages for {_kv(t)}"))
     for t in (t for t in ends if t not in peers):
-        message(*ends[t], (t.layers[1] - t.layers[0]) * (t.kv_heads[1] - t.kv_heads[0]) * plan.model.kv_bytes, _kv(t))
+        message(*ends[t], plan.token_bytes(t), _kv(t))
     for t, (sender, receiver) in peers.items():
         programs[sender].append(Op("take", (receiver, sender), pages, f"pages for {_kv(t)}"))
         message(sender, receiver, REPLY_BYTES, f"written: {_kv(t)}")

@@ -279,5 +279,4 @@ def _handoff(plan: Plan) -> int:
         if not (source.attention_dp and plan.ranks[source.ranks[t.source]].tp_rank)
         and not (target.attention_dp and plan.ranks[target.ranks[t.target]].tp_rank)
     ]
-    sent = sum((t.layers[1] - t.layers[0]) * (t.kv_heads[1] - t.kv_heads[0]) for t in moved) * plan.model.kv_bytes
-    return sent // target.cp
+    return sum(map(plan.token_bytes, moved)) // target.cp

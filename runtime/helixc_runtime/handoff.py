@@ -174,26 +174,32 @@ class Outbox:
             raise failed[0]
 
     def _write(self, request: Request, t: Transfer, target: Rank, cached: list[Tensor]) -> None:
-        assert self._writer
         pages = torch.empty(self._plan.most_pages(self._plan.instance_of(target)), dtype=torch.int32)
-        tokens, pair, said = _tokens(self._plan, request, t), _named(request, self._rank, target), ""
+        pair = _named(request, self._rank, target)
         try:
             self._transport.recv(pages, target.rank, request.index)  # it may be long until the receiver has room
-            try:
-                self._writer.write(t, target, cached, pages, tokens)
-                self._writer.wait(self._patience)
-            except TimeoutError as error:  # it may still be written: no reply
-                raise HandoffLost(f"{pair}: {error}") from error
-            except Exception as error:
-                said = f"{type(error).__name__}: {error}"
-            else:
-                size = (t.layers[1] - t.layers[0]) * (t.kv_heads[1] - t.kv_heads[0]) * self._plan.model.kv_bytes
-                self._emit.emit("handoff", request=request.index, bytes=size * tokens, way="peer")
-            self._transport.isend(_reply(said), target.rank, request.index).wait()
+            failure = self._copy(request, t, target, cached, pages)
+            self._transport.isend(_reply(failure), target.rank, request.index).wait()
+        except HandoffLost:
+            raise
         except RuntimeError as error:
-            raise error if isinstance(error, HandoffLost) else HandoffLost(f"{pair}: peer lost: {error}") from error
-        if said:
-            raise HandoffError(f"{pair}: {said}")
+            raise HandoffLost(f"{pair}: peer lost: {error}") from error
+        if failure:
+            raise HandoffError(f"{pair}: {failure}")
+
+    def _copy(self, request: Request, t: Transfer, target: Rank, cached: list[Tensor], pages: Tensor) -> str:
+        """What went wrong; empty if all is written. Raises HandoffLost if it may still be written."""
+        assert self._writer
+        tokens = _tokens(self._plan, request, t)
+        try:
+            self._writer.write(t, target, cached, pages, tokens)
+            self._writer.wait(self._patience)
+        except TimeoutError as error:
+            raise HandoffLost(f"{_named(request, self._rank, target)}: {error}") from error
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        self._emit.emit("handoff", request=request.index, bytes=self._plan.token_bytes(t) * tokens, way="peer")
+        return ""
 
 
 def receive(

@@ -341,6 +341,10 @@ class Plan:
         """Whether context rank `source` writes its KV into the pages of generation rank `target`, its peer."""
         return source.node == target.node and self.instance_of(source).handoff == "peer"
 
+    def token_bytes(self, t: Transfer) -> int:
+        """Bytes of one token of `t`, as it is cached."""
+        return (t.layers[1] - t.layers[0]) * (t.kv_heads[1] - t.kv_heads[0]) * self.model.kv_bytes
+
     def most_pages(self, instance: Instance) -> int:
         """Pages that a request may need on one rank of `instance`: on its fullest one, cp rank 0."""
         return -(-local_length(instance.max_seq_len, self.tokens_per_block, instance.cp, 0) // self.tokens_per_block)
