@@ -32,6 +32,7 @@ ARGUMENTS = {
     "batch": ("pointer",) * 9 + ("int32",) * 3,
     "combine": ("pointer",) * 4 + ("int32",),
     "exchange": ("pointer",) * 7 + ("int32",) * 5,  # the limit in nanoseconds is as wide as a pointer
+    "handoff": ("pointer",) * 4 + ("int32",) * 8,
     "reduce": ("pointer",) * 10 + ("int32",) * 4,
     **ATTEND_ARGUMENTS,
     **FFN_ARGUMENTS,
