@@ -35,6 +35,7 @@ def page(results: Path) -> str:
         "attention": attention,
         "steps": steps,
         "exchange": exchange,
+        "handoff": handoff,
         "decode": decode,
         "hop": hop,
         "ffn": ffn,
@@ -178,6 +179,29 @@ medians. NCCL's inputs lie as it wants them. "NCCL, ours" is NCCL with our kerne
         head = ("rows x tokens", "one kernel, us", "two, us", "attention and one, us", "attention and two, us")
         sections.append(_section("Merge of a rank's splits, then the exchange", text, head, merges, level=3))
     return "\n".join(sections)
+
+
+def handoff(result: dict[str, Any]) -> str:
+    """A prompt's KV between peers against its way through the host."""
+    where = "two GPUs" if result["gpus"] == 2 else "one GPU, which the two processes share"
+    text = f"""Machine: {where}: {_machine(result)}.
+Repeat with `python bench/handoff.py`. What one of two generation ranks (cp 2) receives of a prompt, from the request
+until it lies in its pages; medians. Peers write it there; through the host it is packed, copied, sent over loopback
+TCP, copied and spread. torch's copy from GPU to GPU reached {result["copy_gb_s"]:g} GB/s in the same run.
+"""
+    rows = [
+        (
+            f"{row['model']}, {row['kv_dtype']}",
+            f"{row['tokens'] // 1024}k",
+            f"{row['bytes'] / 1e6:.1f}",
+            *(f"{row[f'{way}_ms']:.2f}" for way in ("peer", "host")),
+            *(f"{row['bytes'] / row[f'{way}_ms'] / 1e6:.3g}" for way in ("peer", "host")),
+            f"{row['host_ms'] / row['peer_ms']:.1f}",
+        )
+        for row in result["rows"]
+    ]
+    head = ("cache", "prompt", "MB", "peer, ms", "host, ms", "peer, GB/s", "host, GB/s", "host / peer")
+    return _section("Handoff", text, head, rows)
 
 
 def decode(result: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,7 @@ from torch import Tensor
 from helixc_runtime import comm, engine, handoff
 from helixc_runtime.attention_shape import attention_shape
 from helixc_runtime.comm import Comm, Connection, TorchComm
-from helixc_runtime.engine import Session, load_decoder, serve_context, serve_generation
+from helixc_runtime.engine import Session, load_decoder, make_writer, serve_context, serve_generation
 from helixc_runtime.ffn_shape import ffn_shape
 from helixc_runtime.job import Job, Request
 from helixc_runtime.manifest import Plan, Rank
@@ -82,6 +83,14 @@ class ThreadDist:
         self._record("take" if group is None else "recv", pair, x)
         x.copy_(self._box(tag if group is None else "pipeline", pair).get(timeout=WAIT_S))
 
+    def irecv(self, x: Tensor, rank: int, tag: int) -> Any:
+        self.recv(x, rank, tag=tag)
+        return _Sent()
+
+    def executor(self, workers: int, name: str) -> ThreadPoolExecutor:
+        """Of the calling rank's own threads."""
+        return ThreadPoolExecutor(workers, name, initializer=self.become, initargs=(self._own.rank,))
+
     def _box(self, tag: object, pair: tuple[int, int]) -> queue.Queue[Tensor]:
         with self._lock:  # both ends may ask first
             return self._boxes[tag, pair]
@@ -104,7 +113,7 @@ class ThreadDist:
 
 
 class _Sent:
-    def wait(self) -> None: ...
+    def wait(self, patience: object = None) -> None: ...
 
 
 class _Store:
@@ -112,12 +121,18 @@ class _Store:
 
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
+        self._lock = threading.Lock()
 
     def set(self, key: str, value: str) -> None:
         self._values[key] = value
 
-    def get(self, key: str) -> str:
-        return self._values[key]
+    def get(self, key: str) -> bytes:
+        return self._values[key].encode()
+
+    def add(self, key: str, more: int) -> int:
+        with self._lock:
+            self._values[key] = str(int(self._values.get(key, "0")) + more)
+            return int(self._values[key])
 
     def check(self, keys: list[str]) -> bool:
         return all(key in self._values for key in keys)
@@ -150,6 +165,7 @@ def calls_of(
     for module in (comm, engine, handoff):
         monkeypatch.setattr(module, "dist", fake)
     monkeypatch.setattr(comm, "_all_gather", fake.all_gather)
+    monkeypatch.setattr(handoff, "ThreadPoolExecutor", fake.executor)
     job = Job("", None, "cpu", requests, keep_logits, WAIT_S, 1)
     errors: list[BaseException] = []
 
@@ -165,7 +181,7 @@ def calls_of(
             decoder = load_decoder(plan, rank, own(rank, cast(Any, groups)), device, emit)
             session = Session(job, plan, rank, instance, decoder, connection, run_dir, emit)
             if rank.role == "context":
-                serve_context(session)
+                serve_context(session, make_writer(plan, rank, run_dir, connection, device))
             else:
                 shape = attention_shape(plan.model, rank, plan.tokens_per_block)
                 serve_generation(session, TorchOps(shape, ffn_shape(plan.model, rank, instance)))

@@ -71,6 +71,8 @@ def configure(spec: KernelSpec) -> KernelConfig:
             return KernelConfig(spec, threads=32, token_tile=_gqa_tile(spec))
         case "gqa_partial":
             return _gqa_partial(spec)
+        case "handoff":
+            return _handoff(spec)
         case "combine" | "merge":
             return _combine(spec)
         case "batch":
@@ -131,6 +133,15 @@ def _append(spec: KernelSpec) -> KernelConfig:
     columns = math.gcd(_VECTOR_BYTES // itemsize, plain, run)
     loads = max(plain, run) // columns
     return KernelConfig(spec, _THREADS, lanes=min(_WARP, 1 << (loads - 1).bit_length()), columns=columns)
+
+
+def _handoff(spec: KernelSpec) -> KernelConfig:
+    """Loads of 16 bytes where a vector is made of them; a lane for each, or a warp."""
+    params = dict(spec.params)
+    _check_head_dim(spec)
+    columns = _VECTOR_BYTES // DTYPE_BYTES[str(params["dtype"])]
+    loads = int(params["head_dim"]) // columns
+    return KernelConfig(spec, 2 * _THREADS, lanes=min(_WARP, 1 << (loads - 1).bit_length()), columns=columns)
 
 
 def _combine(spec: KernelSpec) -> KernelConfig:

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ffn_shape import EIGHTS, FfnShape
-from helixc_runtime.manifest import Dtype, Moe
+from helixc_runtime.manifest import Dtype, Model, Moe
 from helixc_runtime.switches import read_switches
 
 Param = int | float | str | bool
@@ -79,6 +79,14 @@ def merges_as_it_sends(shape: AttentionShape, arch: str) -> bool:
     Its GQA merges within attention's own launch, and the portable kernels' splits lie otherwise.
     """
     return arch == "sm_90a" and _hopper_mla(shape) and shape.value_dim is None and not read_switches().portable
+
+
+def handoff(model: Model, block: int, arch: str) -> KernelSpec:
+    """A prompt's KV, of any context rank, into the pages of any generation rank."""
+    dim, cached = model.arch.head_dim, model.kv_dtype
+    params: Params = (("head_dim", dim), ("block", block), ("dtype", model.dtype), ("kv_dtype", cached))
+    kept = "" if cached == model.dtype else f"_kv{_SHORT[cached]}"
+    return KernelSpec(f"handoff_d{dim}_b{block}_{_SHORT[model.dtype]}{kept}", "handoff", params, arch)
 
 
 def batch(shape: AttentionShape, factor: float, arch: str) -> KernelSpec:

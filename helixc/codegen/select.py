@@ -1,4 +1,4 @@
-"""Which kernels a plan needs: one set for every distinct attention shape of its generation ranks."""
+"""Which kernels a plan needs: a set for every distinct attention shape of its generation ranks, and the handoff's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from helixc.codegen.problem import (
     batch,
     exchange,
     ffn,
+    handoff,
     merge_exchange,
     merges_as_it_sends,
     norm,
@@ -29,15 +30,24 @@ def select(plan: Plan, arches: tuple[str, ...]) -> tuple[KernelSpec, ...]:
         for rank in plan.ranks
         if rank.role == "generation"
     )
-    specs = dict.fromkeys(spec for arch in arches for need in needs for spec in _specs(plan.model, *need, arch))
+    peers = any(instance.handoff == "peer" for instance in plan.instances)
+    specs = dict.fromkeys(
+        spec
+        for arch in arches
+        for spec in (
+            *(spec for need in needs for spec in _specs(plan.model, *need, arch)),
+            *([handoff(plan.model, plan.tokens_per_block, arch)] if peers else ()),
+        )
+    )
     assert len({(spec.name, spec.arch) for spec in specs}) == len(specs), "two problems share a name"
     return tuple(specs)
 
 
 def names_for(arches: tuple[str, ...], model: Model, rank: Rank, instance: Instance, block: int) -> tuple[str, ...]:
-    """Names of the kernels `rank` of `instance` runs on any of `arches`; context ranks prefill in torch, with none."""
+    """Names of the kernels `rank` of `instance` runs on any of `arches`; context ranks prefill in torch."""
     if instance.role == "context":
-        return ()
+        peers = arches if instance.handoff == "peer" else ()
+        return tuple(dict.fromkeys(handoff(model, block, arch).name for arch in peers))
     needs = _needs(model, rank, instance, block)
     return tuple(dict.fromkeys(spec.name for arch in arches for spec in _specs(model, *needs, arch)))
 

@@ -18,7 +18,7 @@ _TAIL_BYTES = 16384
 _LOST_PEER = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|socket (timeout|closed)|remote process exit|ncclRemoteError"
     r"|peer (is |was )?(gone|lost|closed)|timed out|wait timeout|failed to recv|recvValue|sendBytes|recvBytes"
-    r"|^PeerTimeout",
+    r"|^PeerTimeout|^HandoffLost",
     re.IGNORECASE,
 )
 

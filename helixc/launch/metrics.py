@@ -14,7 +14,10 @@ from helixc_runtime.manifest import Plan
 
 @dataclass(frozen=True, slots=True)
 class RequestResult:
-    """One request. Times in seconds; None where there are too few tokens. `text` is None without a tokenizer."""
+    """One request. Times in seconds; None where there are too few tokens. `text` is None without a tokenizer.
+
+    `handoff_s`: until the last generation rank had its prompt's KV; None where none was handed over.
+    """
 
     index: int
     token_ids: tuple[int, ...]
@@ -23,19 +26,24 @@ class RequestResult:
     prompt_tokens: int
     ttft_s: float | None
     ttl_p50_s: float | None
+    handoff_bytes: int
+    handoff_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
     """Of all requests together. TTL in seconds, over every decode step.
 
-    `handoff_s`: seconds that receiving the prompts' KV took, the slowest rank's of each request, added up.
+    `handoff_s`: seconds that receiving the prompts' KV took, the slowest rank's of each request, added up;
+    `handoff_gb_s`: 10^9 bytes a second of them; `handoff_peer_bytes`: what did not pass through the hosts.
     """
 
     ttl_p50_s: float | None
     ttl_p99_s: float | None
     handoff_bytes: int
+    handoff_peer_bytes: int
     handoff_s: float
+    handoff_gb_s: float | None
     kv_tokens_per_rank: dict[int, int]
 
 
@@ -59,11 +67,15 @@ class Summary:
 def summarize(plan: Plan, requests: Sequence[Request], record: Record, texts: Sequence[str | None]) -> Summary:
     """The summary of `record`; `texts` holds the decoded text of each request."""
     steps = [gap for r in record.requests for gap in decode_gaps(r)]
+    moved = sum(sum(r.handed_over.values()) for r in record.requests)
+    seconds = sum(r.handoff_s or 0.0 for r in record.requests)
     metrics = Metrics(
         ttl_p50_s=percentile(steps, 50),
         ttl_p99_s=percentile(steps, 99),
-        handoff_bytes=record.handoff_bytes,
-        handoff_s=sum(record.handoff_s.values()),
+        handoff_bytes=moved,
+        handoff_peer_bytes=sum(r.handed_over.get("peer", 0) for r in record.requests),
+        handoff_s=seconds,
+        handoff_gb_s=gigabytes_a_second(moved, seconds),
         kv_tokens_per_rank=dict(sorted(record.kv_tokens.items())),
     )
     results = tuple(
@@ -75,6 +87,8 @@ def summarize(plan: Plan, requests: Sequence[Request], record: Record, texts: Se
             prompt_tokens=len(request.token_ids),
             ttft_s=time_to_first_token(plan, record, seen),
             ttl_p50_s=percentile(decode_gaps(seen), 50),
+            handoff_bytes=sum(seen.handed_over.values()),
+            handoff_s=seen.handoff_s,
         )
         for request, seen, text in zip(requests, record.requests, texts, strict=True)
     )
@@ -97,6 +111,11 @@ def time_to_first_token(plan: Plan, record: Record, request: RequestRecord) -> f
     prefiller = plan.ranks[request.prefilled_by]
     ready = [record.ready_at[r] for r in plan.instance_of(prefiller).ranks if r in record.ready_at]
     return request.times[0] - max(ready) if ready else None
+
+
+def gigabytes_a_second(size: int, seconds: float | None) -> float | None:
+    """10^9 bytes a second of `size` bytes; None where they took no time."""
+    return size / seconds / 1e9 if seconds else None
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:

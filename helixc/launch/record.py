@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,12 +11,17 @@ from helixc_runtime.job import Difference
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request so far. `times`: when each token was sampled, seconds of the machine's monotonic clock."""
+    """One request so far. `times`: when each token was sampled, seconds of the machine's monotonic clock.
+
+    `handed_over`: bytes of KV by the way they took, peer or host; `handoff_s`: seconds until the last rank had its own.
+    """
 
     tokens: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     prefilled_by: int | None = None  # rank
     finish_reason: str | None = None
+    handed_over: dict[str, int] = field(default_factory=dict)
+    handoff_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +39,6 @@ class Record:
     def __init__(self, requests: int) -> None:
         self.requests = [RequestRecord() for _ in range(requests)]
         self.ready_at: dict[int, float] = {}  # rank -> seconds
-        self.handoff_bytes = 0
-        self.handoff_s: dict[int, float] = defaultdict(float)  # request -> until the last rank had its K/V
         self.kv_tokens: dict[int, int] = {}  # rank -> tokens stored over the job
         self.verdict: Verdict | None = None
 
@@ -55,9 +57,11 @@ class Record:
             case "finished":
                 self.requests[data["request"]].finish_reason = data["reason"]
             case "handoff":
-                self.handoff_bytes += data["bytes"]
+                moved, way = self.requests[data["request"]].handed_over, data["way"]
+                moved[way] = moved.get(way, 0) + data["bytes"]
             case "received":
-                self.handoff_s[data["request"]] = max(self.handoff_s[data["request"]], data["seconds"])
+                request = self.requests[data["request"]]
+                request.handoff_s = max(request.handoff_s or 0.0, data["seconds"])
             case "kv_tokens":
                 self.kv_tokens[event.rank] = data["tokens"]
             case "verify":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-from helixc.launch.metrics import Summary, decode_gaps, percentile
+from helixc.launch.metrics import Metrics, Summary, decode_gaps, gigabytes_a_second, percentile
 from helixc.launch.record import Record, Verdict
 from helixc.table import aligned
 from helixc_runtime.manifest import Plan
 
-_HEAD = ("request", "prompt tokens", "generated", "finish", "TTFT", "TTL p50", "TTL p99")
+_HEAD = ("request", "prompt tokens", "generated", "finish", "TTFT", "TTL p50", "TTL p99", "KV handed over")
 
 
 def table(summary: Summary, record: Record) -> str:
@@ -23,6 +23,7 @@ def table(summary: Summary, record: Record) -> str:
             milliseconds(result.ttft_s),
             milliseconds(result.ttl_p50_s),
             milliseconds(percentile(decode_gaps(seen), 99)),
+            handed_over(result.handoff_bytes, result.handoff_s),
         )
         for result, seen in zip(summary.requests, record.requests, strict=True)
     ]
@@ -30,9 +31,21 @@ def table(summary: Summary, record: Record) -> str:
     kv = ", ".join(f"rank {rank}: {tokens}" for rank, tokens in metrics.kv_tokens_per_rank.items())
     overall = f"TTL p50 {milliseconds(metrics.ttl_p50_s)}, p99 {milliseconds(metrics.ttl_p99_s)} over all requests"
     lines = [*aligned([_HEAD, *rows]), "", overall]
-    moved = f"{metrics.handoff_bytes:,} bytes in {milliseconds(metrics.handoff_s)}"
-    lines += [f"KV handed over: {moved}", f"KV tokens stored: {kv or 'none reported'}"]
+    moved = handed_over(metrics.handoff_bytes, metrics.handoff_s)
+    lines += [f"KV handed over: {moved}{_between_peers(metrics)}", f"KV tokens stored: {kv or 'none reported'}"]
     return "\n".join(lines) + "\n"
+
+
+def _between_peers(metrics: Metrics) -> str:
+    if metrics.handoff_peer_bytes in (0, metrics.handoff_bytes):
+        return ", between peers" if metrics.handoff_peer_bytes else ""
+    return f", {metrics.handoff_peer_bytes:,} of them between peers"
+
+
+def handed_over(size: int, seconds: float | None) -> str:
+    """Bytes, time and speed of a handoff; "-" for none."""
+    speed = gigabytes_a_second(size, seconds)
+    return "-" if speed is None else f"{size:,} bytes in {milliseconds(seconds)}, {speed:.3g} GB/s"
 
 
 def verified(verdict: Verdict, plan: Plan) -> bool:

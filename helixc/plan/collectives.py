@@ -16,7 +16,7 @@ from itertools import product
 
 from helixc.plan.alike import distinct, label, members
 from helixc.plan.rendezvous import Op, Program, flaws
-from helixc_runtime.manifest import DTYPE_BYTES, Instance, Plan, Rank, Transfer, split
+from helixc_runtime.manifest import DTYPE_BYTES, PAGE_BYTES, REPLY_BYTES, Instance, Plan, Rank, Transfer, split
 
 TOKEN_ID_BYTES = 8
 
@@ -63,18 +63,32 @@ def decode_step(plan: Plan, instance: Instance, rank: Rank, groups: int = 1) -> 
 
 
 def handoff(plan: Plan, source: Instance, target: Instance, moved: Iterable[Transfer]) -> Mapping[int, Program]:
-    """What every rank of both instances issues for one prompt's KV; sizes are those of one token that is owned.
+    """What every rank of both instances issues for one prompt's KV.
 
-    `moved`: the transfers of that prompt, one of `by_request`.
+    `moved`: the transfers of that prompt, one of `by_request`. Sizes of KV are those of one token that is owned.
+    Between peers it is no message: the receiver tells its pages, the sender writes into them and replies.
     """
     programs: dict[int, list[Op]] = {rank: [] for rank in (*source.ranks, *target.ranks)}
-    for t in moved:
-        size = (t.layers[1] - t.layers[0]) * (t.kv_heads[1] - t.kv_heads[0]) * plan.model.kv_bytes
-        pair = (source.ranks[t.source], target.ranks[t.target])
-        what = f"KV of layers {t.layers}, heads {t.kv_heads}, blocks of cp rank {t.cp_rank}"
-        programs[pair[0]].append(Op("post", pair, size, what))
-        programs[pair[1]].append(Op("take", pair, size, what))
+
+    def message(source: int, target: int, size: int, what: str) -> None:
+        programs[source].append(Op("post", (source, target), size, what))
+        programs[target].append(Op("take", (source, target), size, what))
+
+    ends = {t: (source.ranks[t.source], target.ranks[t.target]) for t in moved}
+    peers = {t: pair for t, pair in ends.items() if plan.shares(*(plan.ranks[rank] for rank in pair))}
+    pages = PAGE_BYTES * plan.most_pages(target)
+    for t, (sender, receiver) in peers.items():  # all are told before the receiver waits for anything
+        programs[receiver].append(Op("post", (receiver, sender), pages, f"pages for {_kv(t)}"))
+    for t in (t for t in ends if t not in peers):
+        message(*ends[t], plan.token_bytes(t), _kv(t))
+    for t, (sender, receiver) in peers.items():
+        programs[sender].append(Op("take", (receiver, sender), pages, f"pages for {_kv(t)}"))
+        message(sender, receiver, REPLY_BYTES, f"written: {_kv(t)}")
     return programs
+
+
+def _kv(t: Transfer) -> str:
+    return f"KV of layers {t.layers}, heads {t.kv_heads}, blocks of cp rank {t.cp_rank}"
 
 
 def by_request(plan: Plan, source: Instance, target: Instance) -> list[tuple[Transfer, ...]]:

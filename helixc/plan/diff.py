@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from math import gcd, lcm
 
-from helixc.plan.collectives import decode_step, handoff, prefill, traffic
+from helixc.plan.collectives import decode_step, prefill, traffic
 from helixc.plan.overlap import missing_elements
 from helixc_runtime.manifest import DTYPE_BYTES, Groups, Instance, Piece, Plan, Rank, Role, owner
 
@@ -279,5 +279,4 @@ def _handoff(plan: Plan) -> int:
         if not (source.attention_dp and plan.ranks[source.ranks[t.source]].tp_rank)
         and not (target.attention_dp and plan.ranks[target.ranks[t.target]].tp_rank)
     ]
-    sent = sum(op.size for p in handoff(plan, source, target, moved).values() for op in p if op.kind == "post")
-    return sent // target.cp
+    return sum(map(plan.token_bytes, moved)) // target.cp

@@ -12,7 +12,7 @@ from helixc.plan.parameters import parameters
 from helixc.plan.shards import elements, expert_range, head_ranges, pieces
 from helixc.plan.transfers import transfers
 from helixc_runtime.attention_shape import MAX_PROCESSORS, MAX_SPLITS
-from helixc_runtime.manifest import DTYPE_BYTES, SCHEMA, Instance, Kernel, Memory, Model, Piece, Plan, Rank
+from helixc_runtime.manifest import DTYPE_BYTES, SCHEMA, Handoff, Instance, Kernel, Memory, Model, Piece, Plan, Rank
 from helixc_runtime.switches import read_switches
 
 KernelNames = Callable[[Model, Rank, Instance, int], tuple[str, ...]]  # the last is tokens a block
@@ -44,7 +44,7 @@ def place(deployment: Deployment, kernels_for: KernelNames) -> Plan:
             for template in templates:
                 local = template.rank.local_rank
                 node, device = divmod(start + local, deployment.hardware.gpus_per_node)
-                key = (local, instance.exchange, instance.reduce_rows)
+                key = (local, instance.exchange, instance.reduce_rows, instance.handoff)
                 if key not in names:
                     names[key] = kernels_for(deployment.model, template.rank, instance, deployment.tokens_per_block)
                 ranks.append(
@@ -183,7 +183,20 @@ def _instance(deployment: Deployment, layout: Layout, index: int, first: int, st
         exchange="one_sided" if share_hosts(mapping.cp) else "collective",
         reduce_rows=_one_shot_rows(deployment.model, layout) if share_hosts(mapping.ffn_tp) else 0,
         hop=layout.hop,
+        handoff=_handoff(deployment, layout, start),
     )
+
+
+def _handoff(deployment: Deployment, layout: Layout, start: int) -> Handoff:
+    """Peer where a context instance on the GPUs from `start` shares a host with a generation rank."""
+    if layout.role == "generation" or read_switches().host_handoff:
+        return "host"
+    per_node, generation = deployment.hardware.gpus_per_node, deployment.generation
+    first = 0 if deployment.hardware.share_gpus else layout.num_instances * layout.mapping.world
+    last = first + generation.num_instances * generation.mapping.world - 1
+    own_end = start + layout.mapping.world - 1
+    meet = start // per_node <= last // per_node and first // per_node <= own_end // per_node
+    return "peer" if meet else "host"
 
 
 def _reference(deployment: Deployment) -> Template:

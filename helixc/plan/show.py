@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 from helixc.diagnostics import counted
 from helixc.table import aligned, byte_size
@@ -164,6 +165,22 @@ def listed(ranks: Sequence[int]) -> str:
 def _handoff(plan: Plan) -> str:
     width = max(r.memory.kv_per_token for r in plan.ranks if r.role == "generation")
     return (
-        f"handoff: {len(plan.transfers)} messages a prompt from a context to a generation instance; "
-        f"each generation rank keeps {byte_size(width)} for every token it owns"
+        f"handoff: {len(plan.transfers)} messages a prompt from a context to a generation instance, "
+        f"{_ways(plan)}; each generation rank keeps {byte_size(width)} for every token it owns"
     )
+
+
+def _ways(plan: Plan) -> str:
+    """How the KV travels: of all pairs of instances, how many messages stay on their host."""
+    sides = [[i for i in plan.instances if i.role == role] for role in ("context", "generation")]
+    pairs = [
+        plan.shares(plan.ranks[source.ranks[t.source]], plan.ranks[target.ranks[t.target]])
+        for source, target in product(*sides)
+        for t in plan.transfers
+    ]
+    if all(pairs):
+        return "written into its pages by peers"
+    share = (
+        f"{sum(pairs):,} of {len(pairs):,} of all pairs' written into its pages by peers, else " if any(pairs) else ""
+    )
+    return f"{share}through the hosts"

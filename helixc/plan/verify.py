@@ -168,8 +168,12 @@ def _layers(plan: Plan) -> Iterator[str]:
 
 
 def _transports(plan: Plan) -> Iterator[str]:
-    """Ranks that write into each other's memory are several, decode, and share a host."""
+    """Ranks that write into each other's memory are several, decode, and share a host; a peer takes a prompt's KV."""
+    receivers = {rank.node for rank in plan.ranks if rank.role == "generation"}
     for instance in plan.instances:
+        senders = {rank.node for rank in _members(plan, instance) if rank.role == "context"}
+        if instance.handoff == "peer" and not senders & receivers:
+            yield f"{_label(instance)}: no generation rank on its hosts to hand KV to as a peer"
         kinds = {"cp": instance.exchange == "one_sided", "ffn_tp": instance.reduce_rows > 0}
         if any(kinds.values()) and instance.role != "generation":
             yield f"{_label(instance)}: only decode steps are one-sided"

@@ -21,13 +21,14 @@ from helixc_runtime.checked_ops import CheckedOps
 from helixc_runtime.comm import Comm, Connection, TorchComm, connect
 from helixc_runtime.events import Emitter
 from helixc_runtime.ffn_shape import ffn_shape
-from helixc_runtime.handoff import DistTransport, Sending, outgoing, pack, receive
+from helixc_runtime.handoff import DistTransport, HandoffError, Outbox, receive
 from helixc_runtime.job import Job, Request
 from helixc_runtime.kv import KvCache, Row, pages_needed
 from helixc_runtime.manifest import WITHOUT_HOP, Instance, Plan, Rank
 from helixc_runtime.models.decoder import Decoder
 from helixc_runtime.ops import Ops
 from helixc_runtime.ops_torch import TorchOps
+from helixc_runtime.page_writer import CudaPageWriter, PageKernel, PageWriter, TorchPageWriter
 from helixc_runtime.sampling import finish_reason, sample, seed_of
 from helixc_runtime.scheduler import Scheduler, assigned, attends, new_row
 from helixc_runtime.step import DecodeStep, Readback, RowInput, StepResult, TokensOnTheWay
@@ -99,7 +100,7 @@ def run(job: Job, rank: int, world_size: int, run_dir: Path, emit: Emitter) -> N
         decoder = load_decoder(plan, own, make_comm(artifact, own, connection, device, job.deadline_s), device, emit)
         session = Session(job, plan, own, plan.instance_of(own), decoder, connection, run_dir, emit)
         if own.role == "context":
-            serve_context(session)
+            serve_context(session, make_writer(plan, own, artifact.directory, connection, device))
         else:
             serve_generation(session, make_ops(artifact, own, device, emit))
             if device.type == "cuda":
@@ -121,6 +122,22 @@ def make_comm(artifact: Artifact, rank: Rank, connection: Connection, device: to
 
     kernels = [kernel for kernel in artifact.plan.kernels if kernel.name in rank.kernels]
     return OneSidedComm(rank, connection.compute, instance, kernels, artifact.directory, device, patience)
+
+
+def make_writer(
+    plan: Plan, rank: Rank, folder: Path, connection: Connection, device: torch.device
+) -> PageWriter | None:
+    """Of a context rank that has peers among the generation ranks. `folder`: the artifact's, for its kernels."""
+    if not has_peers(plan, rank):
+        return None
+
+    def handle_of(target: int) -> str:
+        return str(connection.store.get(_arena_key(target)).decode())
+
+    if device.type == "cpu":
+        return TorchPageWriter(plan, rank, handle_of)
+    kernels = [kernel for kernel in plan.kernels if kernel.name in rank.kernels]
+    return CudaPageWriter(PageKernel(plan, rank, kernels, folder, device), device, handle_of)
 
 
 def load_decoder(plan: Plan, rank: Rank, comm: Comm, device: torch.device, emit: Emitter) -> Decoder:
@@ -157,34 +174,27 @@ def _device_ops(artifact: Artifact, rank: Rank, device: torch.device, emit: Emit
 # --- Context ----------------------------------------------------------------------------------------------------
 
 
-def serve_context(session: Session) -> None:
-    """Prefill this instance's requests in order, and hand each one's KV over."""
-    rotary, transport = session.decoder.rotary(), DistTransport()
-    under_way: list[Sending] = []
-    requests = session.requests
+def serve_context(session: Session, writer: PageWriter | None) -> None:
+    """Prefill this instance's requests in order, and hand each one's KV over. `writer`: make_writer's."""
+    rotary, requests, patience = session.decoder.rotary(), session.requests, session.job.deadline_s
+    outbox = Outbox(session.plan, session.rank, DistTransport(), writer, session.emit, patience)
     session.emit.emit("stage", stage="ready", done=1, total=1)
     for done, request in enumerate(requests):
         session.emit.emit("stage", stage="prefill", done=done, total=len(requests))
         tokens, own = torch.tensor(request.token_ids, device=session.decoder.device), session.attends(request)
         hidden, cached = session.decoder.prefill(tokens, rotary, attends=own, on_layer=_layer_progress(session))
         first = _first_token(session, request, hidden)
-        for sending in under_way:  # at most one prompt's KV waits to be taken
-            sending.wait()
-        under_way = []
+        outbox.settle()  # at most one prompt's KV waits to be taken
+        _offer(session, request, first)
         if finish_reason(request, [first], session.plan.model.arch.eos_token_ids) is None:
-            moved = 0
-            for transfer, target in outgoing(session.plan, session.rank, request):
-                message = pack(session.plan, session.rank, request, transfer, cached)
-                under_way.append(transport.isend(message, target, request.index))
-                moved += message.nbytes
-            session.emit.emit("handoff", request=request.index, bytes=moved)
-    for sending in under_way:
-        sending.wait()
+            outbox.send(request, cached)
+    outbox.settle()
+    outbox.close()
     session.emit.emit("stage", stage="prefill", done=len(requests), total=len(requests))
 
 
 def _first_token(session: Session, request: Request, hidden: Tensor) -> int:
-    """Sample the token after the prompt, tell the instance, and the generation instance through the store."""
+    """Sample the token after the prompt, and tell the instance."""
     chosen: list[int] = []
     if session.decoder.is_last:
         logits = session.decoder.logits(hidden[-1:])[0]
@@ -192,8 +202,16 @@ def _first_token(session: Session, request: Request, hidden: Tensor) -> int:
         if session.rank.rank == session.sampler:
             _keep_logits(session, request.index, "first", [logits])
             session.emit.emit("prefilled", request=request.index, token=chosen[0])
-            session.connection.store.set(_ready_key(request), str(chosen[0]))
     return session.broadcast(chosen, session.sampler, 1)[0]
+
+
+def _offer(session: Session, request: Request, token: int) -> None:
+    """Tell the generation instance, through the store, that the request is ready: the last rank that is ready does.
+
+    So who admits it waits for the handoff alone, and not for prompts before it that others have no room for.
+    """
+    if session.connection.store.add(f"{_ready_key(request)}/ranks", 1) == len(session.instance.ranks):
+        session.connection.store.set(_ready_key(request), str(token))
 
 
 def _layer_progress(session: Session) -> Callable[[int], None]:
@@ -213,6 +231,16 @@ def _ready_key(request: Request) -> str:
     return f"helixc/prefilled/{request.index}"
 
 
+def _arena_key(rank: int) -> str:
+    return f"helixc/arena/{rank}"
+
+
+def has_peers(plan: Plan, rank: Rank) -> bool:
+    """Whether `rank` writes its KV into other ranks' pages, or others write into its own."""
+    pairs = ((rank, r) if rank.role == "context" else (r, rank) for r in plan.ranks if r.role != rank.role)
+    return any(plan.shares(*pair) for pair in pairs)
+
+
 # --- Generation -------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +251,10 @@ def serve_generation(session: Session, ops: Ops) -> None:
     totals = [len(r.token_ids) + r.max_tokens for r in requests]
     width = max((pages_needed(total, block, session.instance.cp) for total in totals), default=1)
     rows, device = session.instance.max_batch_size, session.decoder.device
-    cache = KvCache(session.plan.model, session.rank, block, rows, width, device)
+    shared = has_peers(session.plan, session.rank)
+    cache = KvCache(session.plan.model, session.rank, block, rows, width, device, shared)
+    if shared:
+        session.connection.store.set(_arena_key(session.rank.rank), cache.arena.handle())
     scheduler = Scheduler(session.plan, session.instance, requests, cache.free_pages)
     Generation(session, ops, cache, scheduler).run()
 
@@ -331,10 +362,14 @@ class Generation:
         return decided
 
     def _receive(self, request: Request, row: Row) -> None:
-        """The prompt's KV into the row's pages; the time holds the wait for a sender that is not done."""
-        start = time.monotonic()
-        receive(self.session.plan, self.session.rank, request, row, self.cache, self.transport)
-        self.session.emit.emit("received", request=request.index, seconds=time.monotonic() - start)
+        """The prompt's KV into the row's pages, which nobody writes any more if that fails with a HandoffError."""
+        start, session = time.monotonic(), self.session
+        try:
+            receive(session.plan, session.rank, request, row, self.cache, self.transport, session.job.deadline_s)
+        except HandoffError:
+            self.cache.release(row)
+            raise
+        session.emit.emit("received", request=request.index, seconds=time.monotonic() - start)
 
     def _free_slot(self) -> int:
         """The lowest, so that steps are padded little."""

@@ -5,7 +5,7 @@
 | heartbeat | | every rank, each second |
 | stage | stage (connect, weights, kernels, ready, prefill, decode), done, total | every rank |
 | prefilled | request, token (the first one) | the context instance that prefilled the request |
-| handoff | request, bytes | whoever sends K/V, so that the sum over ranks is what moved |
+| handoff | request, bytes, way (peer, host) | whoever sends K/V, once a receiver, so that the sum is what moved |
 | received | request, seconds (until its prompt's K/V was in its pages) | generation ranks that attend for it |
 | token | request, token (each later one, in order) | the generation instance's leader |
 | finished | request, reason (stop, length) | the generation instance's leader |

@@ -6,15 +6,20 @@ simply its pages in order, and the slot formulas of manifest.py say where a posi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from helixc_runtime.arena import Arena
 from helixc_runtime.manifest import Model, Rank, local_length, local_slot, owner, scale_bytes
 from helixc_runtime.models.rotary import Rotary
 from helixc_runtime.ops import DecodeBatch, LayerCache
 from helixc_runtime.quantize import unpack
+
+_ALIGNMENT = 256  # of a pool, as torch aligns an allocation
 
 
 @dataclass(slots=True)
@@ -55,31 +60,73 @@ def local_lengths(totals: Tensor, block: int, cp: int, rank: int) -> Tensor:
     return totals // (block * cp) * block + rest.clamp(0, block)
 
 
+class Pool(NamedTuple):
+    """One tensor of a LayerCache: where it lies in the arena, in bytes."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class PoolLayout:
+    """Where generation rank `rank` keeps what, in one arena of `size` bytes: the same on both ends of a handoff.
+
+    `layers`: of each of its layers k, v, k_scale and v_scale, as LayerCache has them.
+    """
+
+    def __init__(self, model: Model, rank: Rank, block: int) -> None:
+        self.pages, self.size = max(1, rank.memory.kv_capacity_tokens // block), 0
+        dim, scale, mla = model.arch.head_dim, scale_bytes(model.kv_dtype), model.arch.mla is not None
+        tokens = (self.pages, block) if mla else (self.pages, rank.kv_heads[1] - rank.kv_heads[0], block)
+
+        def pool(columns: int, dtype: torch.dtype, there: bool) -> Pool | None:
+            if not there:
+                return None
+            made = Pool(self.size, (*tokens, columns), dtype)
+            self.size += -(-math.prod(made.shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+            return made
+
+        def layer() -> tuple[Pool | None, ...]:
+            elements = [pool(dim, getattr(torch, model.kv_dtype), there) for there in (True, not mla)]
+            return (*elements, *(pool(scale, torch.uint8, bool(scale) and there) for there in (True, not mla)))
+
+        self.layers = [layer() for _ in range(*rank.layers)]
+
+    def views(self, memory: Tensor) -> list[LayerCache]:
+        """The pools in an arena's `memory` [size] uint8."""
+
+        def view(pool: Pool | None) -> Tensor | None:
+            if pool is None:
+                return None
+            size = math.prod(pool.shape) * pool.dtype.itemsize
+            return memory[pool.offset : pool.offset + size].view(pool.dtype).view(pool.shape)
+
+        return [LayerCache(*map(view, layer)) for layer in self.layers]  # type: ignore[arg-type]
+
+
 class KvCache:
     """Pages of all layers of this rank, and which request has which.
 
-    `table` [rows, width] int32 holds the pages of each row's request, by its slot in the batch.
+    `table` [rows, width] int32 holds the pages of each row's request, by its slot in the batch. `shared`: ranks that
+    prefill may map the `arena` and write there.
     """
 
-    def __init__(self, model: Model, rank: Rank, block: int, rows: int, width: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Model,
+        rank: Rank,
+        block: int,
+        rows: int,
+        width: int,
+        device: torch.device,
+        shared: bool = False,
+    ) -> None:
         self.block, self.cp, self.cp_rank, self.device = block, len(rank.groups.cp), rank.cp_rank, device
-        pages = max(1, rank.memory.kv_capacity_tokens // block)
-        dim, scale = model.arch.head_dim, scale_bytes(model.kv_dtype)
-        tokens = (pages, block) if model.arch.mla else (pages, rank.kv_heads[1] - rank.kv_heads[0], block)
-
-        def pool(columns: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty((*tokens, columns), dtype=dtype, device=device)
-
-        def pools(columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-            return pool(columns, dtype), None if model.arch.mla else pool(columns, dtype)
-
-        def layer() -> LayerCache:
-            scales = pools(scale, torch.uint8) if scale else (None, None)
-            return LayerCache(*pools(dim, getattr(torch, model.kv_dtype)), *scales)
-
-        self.layers = [layer() for _ in range(*rank.layers)]
+        layout = PoolLayout(model, rank, block)
+        self.arena = Arena(layout.size, device, shared)
+        self.layers = layout.views(self.arena.memory)
         self.table = torch.zeros(rows, width, dtype=torch.int32, device=device)
-        self._free = list(range(pages - 1, -1, -1))
+        self._free = list(range(layout.pages - 1, -1, -1))
         self._tables: dict[int, list[int]] = {}
 
     @property
@@ -98,6 +145,10 @@ class KvCache:
         """Give the request's pages back."""
         self._free += reversed(self._tables.pop(row.index))
 
+    def pages(self, row: Row) -> list[int]:
+        """The pages of the request, in order."""
+        return self._tables[row.index]
+
     def stored(self, row: Row) -> int:
         """Tokens of the request cached on this rank."""
         return local_length(row.cached, self.block, self.cp, self.cp_rank)
@@ -108,17 +159,7 @@ class KvCache:
         MLA: kv [n, latent + rope]; GQA: kv [2, len(heads), n, D] for the local KV heads `heads`. In the cache's dtype;
         for an FP8 cache as quantize.pack leaves it, the scale behind the columns.
         """
-        cache = self.layers[layer]
-        pages = torch.tensor(self._tables[row.index], device=self.device)
-        elements, scales = (kv, None) if cache.k_scale is None else unpack(kv, cache.k.shape[-1])
-        for new, k, v in ((elements, cache.k, cache.v), (scales, cache.k_scale, cache.v_scale)):
-            if new is None or k is None:
-                continue
-            if v is None:
-                _fill(k.unsqueeze(1), pages, new.unsqueeze(0))
-            else:
-                _fill(k[:, heads], pages, new[0])
-                _fill(v[:, heads], pages, new[1])
+        write_pages(self.layers[layer], torch.tensor(self.pages(row), device=self.device), heads, kv)
 
     def batch(self, positions: Tensor, attends: Tensor, rotary: Rotary) -> DecodeBatch:
         """A step of the first rows of the batch, with new tokens at global `positions` [N] int64, from this rank.
@@ -139,6 +180,19 @@ class KvCache:
             owned=mine.to(torch.uint8),
             slots=page.long() * self.block + local % self.block,
         )
+
+
+def write_pages(cache: LayerCache, pages: Tensor, heads: slice, kv: Tensor) -> None:
+    """KvCache.write_prompt into `pages`, in order, of one layer's pools."""
+    elements, scales = (kv, None) if cache.k_scale is None else unpack(kv, cache.k.shape[-1])
+    for new, k, v in ((elements, cache.k, cache.v), (scales, cache.k_scale, cache.v_scale)):
+        if new is None or k is None:
+            continue
+        if v is None:
+            _fill(k.unsqueeze(1), pages, new.unsqueeze(0))
+        else:
+            _fill(k[:, heads], pages, new[0])
+            _fill(v[:, heads], pages, new[1])
 
 
 def _fill(pool: Tensor, pages: Tensor, tokens: Tensor) -> None:

@@ -25,7 +25,10 @@ KvDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]  # float8: 
 Role = Literal["context", "generation"]
 Transport = Literal["one_sided", "collective"]
 Space = Literal["latent", "value"]  # of partials: before or after W_UV. GQA's are values
+Handoff = Literal["peer", "host"]
 
+PAGE_BYTES = 4  # of a page's number, as a receiver tells it to a peer
+REPLY_BYTES = 256  # of a peer's answer, see handoff.py
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
@@ -218,6 +221,8 @@ class Instance:
 
     A generation rank's KV pool may take at most free_gpu_memory_fraction of what is free once the weights are loaded.
     One-sided: on GPUs, kernels write into the memory of the other ranks of a group, which all share a host.
+
+    Peer: context ranks write a prompt's KV into the pages of those generation ranks that share their host (`shares`).
     """
 
     role: Role
@@ -235,6 +240,7 @@ class Instance:
     exchange: Transport  # in the cp groups
     reduce_rows: int  # decode batches up to this are summed in the ffn_tp groups one-sidedly, larger ones collectively
     hop: Hop
+    handoff: Handoff  # how a context instance's KV leaves it; "host" where nothing does
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,6 +356,18 @@ class Plan:
 
     def instance_of(self, rank: Rank) -> Instance:
         return next(i for i in self.instances if (i.role, i.index) == (rank.role, rank.instance))
+
+    def shares(self, source: Rank, target: Rank) -> bool:
+        """Whether context rank `source` writes its KV into the pages of generation rank `target`, its peer."""
+        return source.node == target.node and self.instance_of(source).handoff == "peer"
+
+    def token_bytes(self, t: Transfer) -> int:
+        """Bytes of one token of `t`, as it is cached."""
+        return (t.layers[1] - t.layers[0]) * (t.kv_heads[1] - t.kv_heads[0]) * self.model.kv_bytes
+
+    def most_pages(self, instance: Instance) -> int:
+        """Pages that a request may need on one rank of `instance`: on its fullest one, cp rank 0."""
+        return -(-local_length(instance.max_seq_len, self.tokens_per_block, instance.cp, 0) // self.tokens_per_block)
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------

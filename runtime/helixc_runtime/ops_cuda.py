@@ -33,6 +33,7 @@ ARGUMENTS = {
     "combine": ("pointer",) * 4 + ("int32",),
     "exchange": ("pointer",) * 7 + ("int32",) * 5,  # the limit in nanoseconds is as wide as a pointer
     "merge_exchange": ("pointer",) * 11 + ("int32",) * 6,
+    "handoff": ("pointer",) * 4 + ("int32",) * 8,
     "reduce": ("pointer",) * 10 + ("int32",) * 4,
     **ATTEND_ARGUMENTS,
     **FFN_ARGUMENTS,

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Switches:
-    """What is switched on. `portable` and `collectives` are the compiler's, the others are the runtime's."""
+    """What is switched on. The compiler reads `portable`, `collectives` and `host_handoff`, the runtime the others."""
 
     portable: bool = False
     collectives: bool = False
+    host_handoff: bool = False
     sync: bool = False
     log_launches: bool = False
     check_nan: bool = False
@@ -37,6 +38,7 @@ def read_switches(environment: Mapping[str, str] | None = None) -> Switches:
     return Switches(
         portable=on("HELIXC_PORTABLE"),
         collectives=on("HELIXC_COLLECTIVES"),
+        host_handoff=on("HELIXC_HOST_HANDOFF"),
         sync=on("HELIXC_SYNC"),
         log_launches=on("HELIXC_LOG_LAUNCHES"),
         check_nan=on("HELIXC_CHECK_NAN"),

@@ -23,9 +23,15 @@ from tests.deployments import spec
 
 
 def compiled(
-    directory: Path, model: str, layers: int | None, dtype: str, context: RoleSpec, generation: RoleSpec
+    directory: Path,
+    model: str,
+    layers: int | None,
+    dtype: str,
+    context: RoleSpec,
+    generation: RoleSpec,
+    gpus: int = 2,
 ) -> Path:
-    """An artifact of a built-in geometry with random weights, cut to `layers`, compiled on this machine."""
+    """An artifact of a built-in geometry with random weights, cut to `layers`, for `gpus` of this machine."""
     arch = read_model(model)
     if layers is not None:
         moe = replace(arch.moe, layers=tuple(i for i in arch.moe.layers if i < layers)) if arch.moe else None
@@ -33,7 +39,7 @@ def compiled(
     fields: dict[str, Any] = {
         "load_format": "dummy",
         "dtype": dtype,
-        "hardware": Hardware(1, 2, True),
+        "hardware": Hardware(1, gpus, True),
         "max_seq_len": 1024,
     }
     plan = place(lower(spec(model, context, generation, **fields), arch), partial(names_for, ("sm_90a",)))

@@ -41,7 +41,7 @@ def test_deepseek_v3_lite_in_bfloat16(groups: int, tmp_path: Path, seed: int) ->
     generation = role(cp=2, block=32, batch=4, hop_groups=groups)
     artifact = compiled(tmp_path / "artifact", "deepseek-v3-lite", None, "bfloat16", role(tp=2), generation)
     found = launch(artifact, [1, 7, 100, 400], 64, tmp_path, seed)
-    assert found["metrics"]["handoff_bytes"] == 508 * 27 * 576 * 2
+    assert found["metrics"]["handoff_bytes"] == found["metrics"]["handoff_peer_bytes"] == 508 * 27 * 576 * 2
     assert sum(found["metrics"]["kv_tokens_per_rank"].values()) == 508 + 4 * 63
 
 

@@ -110,6 +110,16 @@ ORDER = (
     ),
     Bug("ranks of two hosts that write into each other's memory", "transports", on_rank(5, node=1, device=0)),
     Bug(
+        "a prefill whose peers are on other hosts",
+        "transports",
+        on_ranks(lambda _, r: replace(r, node=9), role="context"),
+    ),
+    Bug(
+        "a generation instance that hands over",
+        "transports",
+        on_instances(lambda i: (i[0], replace(i[1], handoff="peer"), i[2])),
+    ),
+    Bug(
         "two ranks of an instance in the wrong order",
         "numbering",
         on_instances(lambda i: (i[0], replace(i[1], ranks=(5, 4, *i[1].ranks[2:])), i[2])),

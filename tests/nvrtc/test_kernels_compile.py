@@ -14,9 +14,20 @@ import pytest
 
 from helixc.codegen.build import Cubin, compile_all, render_all
 from helixc.codegen.nvrtc import CompileError, Nvrtc, NvrtcMissing
-from helixc.codegen.problem import KernelSpec, attention, batch, exchange, ffn, merge_exchange, problems, reduce
+from helixc.codegen.problem import (
+    KernelSpec,
+    attention,
+    batch,
+    exchange,
+    ffn,
+    handoff,
+    merge_exchange,
+    problems,
+    reduce,
+)
 from helixc.codegen.render import KernelSource
 from helixc.codegen.template_root import template_root
+from tests.deployments import plan_of, role
 from tests.gpu.ffn_cases import QWEN3, V3, V3_LITE
 from tests.gpu.ffn_cases import ffn as mixture_of
 from tests.gpu.kernel_cases import gqa, mla
@@ -77,6 +88,13 @@ FFNS = [
 ]
 
 
+HANDED_OVER = [
+    plan_of(model, None, role(block=64, kv_dtype=kv_dtype), dtype=dtype)
+    for model in ("deepseek-v3", "llama-3.1-8b")
+    for dtype, kv_dtype in (("bfloat16", "auto"), ("bfloat16", "fp8"), ("float32", "fp8"), ("float16", "bfloat16"))
+]
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
@@ -99,6 +117,7 @@ def _specs() -> tuple[KernelSpec, ...]:
             *(reduce(n, 7168, 1e-6, "bfloat16", arch) for n in (1, 2, 8)),
             reduce(2, 2048, 1e-5, "float16", arch),
             batch(gqa(8, 1, 128, 32), 1.25, arch),
+            *(handoff(plan.model, plan.tokens_per_block, arch) for plan in HANDED_OVER),
         )
     )
     few = (s for arch in ARCHES for shape in FFNS for s in ffn(shape, 16, arch))

@@ -134,9 +134,9 @@ _empty = torch.empty
 
 
 def _poisoned(*size: int, **options: Any) -> torch.Tensor:
-    """torch.empty: what is not written shall not be what happened to be there."""
+    """torch.empty: what is not written shall not be what happened to be there. Bytes of 255 are NaN in any type."""
     made = _empty(*size, **options)
-    return made.fill_(torch.nan if made.is_floating_point() else 85)
+    return made.fill_(torch.nan if made.is_floating_point() else 255 if made.dtype == torch.uint8 else 85)
 
 
 def cpu_ops(

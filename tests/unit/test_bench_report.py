@@ -133,3 +133,12 @@ def test_decode(tmp_path: Path) -> None:
     assert "| 4x1024k | 5000 | 84% | 12 | does not fit | - | 20200 | 4.04 |" in page
     assert "| 1x8k | 5000 | 84% | 12 | 9000 | 1.80 |\n" in page
     assert "from the plans: 2.00" in page and page.count("measured on another day") == 1
+
+
+@pytest.mark.parametrize(("gpus", "said"), [(1, "one GPU, which the two processes share"), (2, "two GPUs")])
+def test_handoff(gpus: int, said: str, tmp_path: Path) -> None:
+    cache = {"model": "deepseek-v3", "kv_dtype": "float8_e4m3fn", "tokens": 8192, "bytes": 144_000_000}
+    write(tmp_path, "handoff", **MACHINE, gpus=gpus, copy_gb_s=350.5, rows=[{**cache, "peer_ms": 0.5, "host_ms": 96.0}])
+    page = report.page(tmp_path)
+    assert f"Machine: {said}: a GPU; torch 2.9.\n" in page and "reached 350.5 GB/s" in page
+    assert "| deepseek-v3, float8_e4m3fn | 8k | 144.0 | 0.50 | 96.00 | 288 | 1.5 | 192.0 |" in page

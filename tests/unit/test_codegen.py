@@ -211,8 +211,10 @@ def _rank(number: int, role: Role, q_heads: int, kv_heads: int) -> Rank:
 
 def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     model = Model("m", None, "dummy", 0, "bfloat16", "bfloat16", _arch(32, 8))
-    context = Instance("context", 0, (0,), 1, 1, 1, 1, 1, False, 4, 128, 0.9, "collective", 0, WITHOUT_HOP)
-    generation = Instance("generation", 0, (1, 2), 2, 2, 1, 4, 1, False, 4, 128, 0.9, "one_sided", 3, WITHOUT_HOP)
+    context = Instance("context", 0, (0,), 1, 1, 1, 1, 1, False, 4, 128, 0.9, "collective", 0, WITHOUT_HOP, "peer")
+    generation = Instance(
+        "generation", 0, (1, 2), 2, 2, 1, 4, 1, False, 4, 128, 0.9, "one_sided", 3, WITHOUT_HOP, "host"
+    )
     ranks = (_rank(0, "context", 32, 8), _rank(1, "generation", 16, 4), _rank(2, "generation", 16, 4))
     plan = Plan(SCHEMA, "p", model, 32, (context, generation), ranks, (), (), ranks[0], ())
     specs = select(plan, ("sm_90a", "sm_100a"))
@@ -227,8 +229,10 @@ def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     assert both == (*hopper, *other[1:3])
     apart = replace(generation, exchange="collective", reduce_rows=0)
     assert names_for(("sm_90a",), model, ranks[1], apart, 32) == (*hopper[:4], sends[0], sends[2], *of_ffn)
-    assert [s.name for s in specs] == [*hopper, *other]
-    assert names_for(("sm_90a",), model, ranks[0], context, 32) == ()
+    by_peers = ("handoff_d64_b32_bf16",)
+    assert [s.name for s in specs] == [*hopper, *by_peers, *other, *by_peers]
+    assert names_for(("sm_90a", "sm_100a"), model, ranks[0], context, 32) == by_peers
+    assert names_for(("sm_90a",), model, ranks[0], replace(context, handoff="host"), 32) == ()
     planned = configure(specs[2]).planned()
     assert planned.params["scale"] == 0.125 and planned.cubin is None
 

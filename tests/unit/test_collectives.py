@@ -13,6 +13,7 @@ import pytest
 from examples.tiny_checkpoint import VOCAB, make_checkpoint
 from helixc.plan.collectives import admission, by_request, collectives, decode_step, handoff, prefill, traffic
 from helixc.plan.rendezvous import Op, flaws
+from helixc.spec.spec import Hardware
 from helixc_runtime.job import Request
 from helixc_runtime.manifest import Plan, Rank, local_length, split
 from tests.deployments import plan_of, role
@@ -47,29 +48,24 @@ def moves(plan: Plan, rank: Rank, of: Request) -> list[Call]:
     """What the handoff of the only request asks of `rank`; parts without tokens are not sent."""
     source, target = (next(i for i in plan.instances if i.role == role) for role in ("context", "generation"))
     (moved,) = by_request(plan, source, target)[:1]
-    sized = [
-        (t, local_length(len(of.token_ids), plan.tokens_per_block, target.cp, t.cp_rank))
-        for t in moved
-        if rank.rank in (source.ranks[t.source], target.ranks[t.target])
-    ]
-    found = []
-    for t, tokens in sized:
-        if tokens:
-            (op,) = handoff(plan, source, target, [t])[rank.rank]
-            found.append(made(op, tokens))
-    return found
+    owned = {t: local_length(len(of.token_ids), plan.tokens_per_block, target.cp, t.cp_rank) for t in moved}
+    ops = handoff(plan, source, target, [t for t, tokens in owned.items() if tokens])[rank.rank]
+    tokens = {target.ranks[t.target]: count for t, count in owned.items()}
+    return [made(op, tokens[op.ranks[1]] if op.what.startswith("KV") else 1) for op in ops]
 
 
+@pytest.mark.parametrize("gpus_per_node", [1, 5, 100], ids=["host", "mixed", "peers"])
 @pytest.mark.parametrize(("family", "context", "generation"), DEPLOYMENTS, ids=[d[0] for d in DEPLOYMENTS])
 def test_every_rank_issues_what_was_derived(
     family: str,
     context: dict[str, Any],
     generation: dict[str, Any],
+    gpus_per_node: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = make_checkpoint(family, tmp_path / "model", seed=secrets.randbelow(1000), layers=4)
-    plan = plan_of(str(folder), role(**context), role(**generation))
+    plan = plan_of(str(folder), role(**context), role(**generation), hardware=Hardware(None, gpus_per_node, False))
     assert list(collectives(plan)) == []
     prompt = request(0, random.randint(1, 30), tokens=4)
     recorded = calls_of(plan, (prompt,), tmp_path, monkeypatch)
@@ -95,7 +91,7 @@ def test_groups_are_exchanged_one_after_another(groups: int, tmp_path: Path, mon
     assert list(collectives(plan)) == []
     recorded = calls_of(plan, tuple(request(i, 3 + 5 * i, 40) for i in range(4)), tmp_path, monkeypatch)
     for rank in plan.ranks[1:]:
-        calls = [call for call in recorded[rank.rank] if call.kind not in ("broadcast", "take")]
+        calls = [call for call in recorded[rank.rank] if call.kind not in ("broadcast", "post", "take")]
         steps = {rows: step_of(plan, rank, rows, groups if rows >= groups else 1) for rows in (1, 2, 4)}
         seen = []
         while calls:
@@ -119,7 +115,9 @@ def test_ranks_without_rows_take_part_all_the_same(tmp_path: Path, monkeypatch: 
     recorded = calls_of(plan, tuple(request(i, 5 + i, 3 + 3 * i) for i in range(3)), tmp_path, monkeypatch)
     for rank in plan.ranks[1:]:
         step = [(op.kind, op.ranks) for op in decode_step(plan, plan.instance_of(rank), rank)]
-        calls = [(call.kind, call.ranks) for call in recorded[rank.rank] if call.kind not in ("broadcast", "take")]
+        calls = [
+            (call.kind, call.ranks) for call in recorded[rank.rank] if call.kind not in ("broadcast", "post", "take")
+        ]
         steps, rest = divmod(len(calls), len(step))
         assert rest == 0 and calls == step * steps
         assert steps >= 8, "as many as the longest request has tokens left"

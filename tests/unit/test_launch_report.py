@@ -50,7 +50,8 @@ def test_ttft_counts_from_the_instances_readiness_and_ttl_leaves_the_handoff_out
         record.observe(stage(rank, ready, "ready"))
     for request, (rank, first) in enumerate(((0, 6.5), (2, 10.0))):
         record.observe(Event("prefilled", rank, first, {"request": request, "token": 40}))
-        record.observe(Event("handoff", rank, first, {"request": request, "bytes": 1000 + request}))
+        for way, size in (("peer", 600), ("host", 400 + request), ("peer", 200 * request)):
+            record.observe(Event("handoff", rank, first, {"request": request, "bytes": size, "way": way}))
         for receiver, seconds in ((4, 0.25), (5, 0.5 + request)):
             record.observe(Event("received", receiver, 30.5, {"request": request, "seconds": seconds}))
     for time in (31.0, 31.1, 31.4):
@@ -67,15 +68,19 @@ def test_ttft_counts_from_the_instances_readiness_and_ttl_leaves_the_handoff_out
     assert first.pop("ttft_s") == pytest.approx(0.5) and first.pop("ttl_p50_s") == pytest.approx(0.2)
     assert second.pop("ttft_s") == pytest.approx(1.0)
     common = {"prompt_tokens": 3, "text": "text", "finish_reason": "stop", "token_ids": [40, 41, 41, 41]}
-    assert first == {"index": 0, **common}
+    assert first == {"index": 0, **common, "handoff_bytes": 1000, "handoff_s": 0.5}
+    assert (second["handoff_bytes"], second["handoff_s"]) == (1201, 1.5)
     assert second["ttl_p50_s"] is None and second["token_ids"] == [40] and second["text"] is None
     metrics = found["metrics"]
     assert metrics.pop("ttl_p50_s") == pytest.approx(0.2) and metrics.pop("ttl_p99_s") == pytest.approx(0.298)
-    assert metrics == {"handoff_bytes": 2001, "handoff_s": 2.0, "kv_tokens_per_rank": {"4": 9, "5": 8}}
+    moved = {"handoff_bytes": 2201, "handoff_peer_bytes": 1400, "handoff_s": 2.0, "handoff_gb_s": 2201 / 2.0 / 1e9}
+    assert metrics == {**moved, "kv_tokens_per_rank": {"4": 9, "5": 8}}
     assert found["verify"] is None
     printed = table(summary, record)
-    assert "KV handed over: 2,001 bytes in 2000 ms" in printed and "rank 4: 9, rank 5: 8" in printed
-    assert printed.splitlines()[1].split() == ["0", "3", "4", "stop", "500", "ms", "200", "ms", "298", "ms"]
+    overall = "KV handed over: 2,201 bytes in 2000 ms, 1.1e-06 GB/s, 1,400 of them between peers\n"
+    assert overall in printed and "rank 4: 9, rank 5: 8" in printed
+    of_first = "0 3 4 stop 500 ms 200 ms 298 ms 1,000 bytes in 500 ms, 2e-06 GB/s"
+    assert " ".join(printed.splitlines()[1].split()) == of_first
 
 
 @pytest.mark.parametrize(
@@ -187,7 +192,7 @@ def body(emit):
         for r in job.requests:
             emit.emit("prefilled", request=r.index, token=first[r.index] + (act == "wrong"))
             (run_dir / f"handed{r.index}").touch()
-            emit.emit("handoff", request=r.index, bytes=64)
+            emit.emit("handoff", request=r.index, bytes=64, way="peer")
     if rank == world - 1:
         for r in job.requests:
             while not (run_dir / f"handed{r.index}").exists():
@@ -231,7 +236,8 @@ def test_json_is_one_object_on_stdout(tmp_path: Path, capfd: pytest.CaptureFixtu
     for result, request in zip(found["requests"], launch.launch_plan.job.requests, strict=True):
         assert result["token_ids"] == [request.token_ids[0] + step for step in range(5)]
         assert result["ttft_s"] >= 0 and result["ttl_p50_s"] >= 0 and result["finish_reason"] == "length"
-    assert found["metrics"]["handoff_bytes"] == 192 and found["metrics"]["kv_tokens_per_rank"] == {"2": 7}
+    assert found["metrics"]["handoff_bytes"] == 192 == found["metrics"]["handoff_peer_bytes"]
+    assert found["metrics"]["kv_tokens_per_rank"] == {"2": 7}
     assert found["verify"] == {"max_abs_logit_diff": 2e-6, "first_difference": None}
     assert "verify passed" in err
 
