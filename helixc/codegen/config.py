@@ -79,6 +79,8 @@ def configure(spec: KernelSpec) -> KernelConfig:
             return KernelConfig(spec, threads=_EXCHANGE_THREADS)
         case "reduce":
             return _reduce(spec)
+        case "argmax":
+            return KernelConfig(spec, threads=1024)
         case "router":
             return KernelConfig(spec, _THREADS)
         case "linear":

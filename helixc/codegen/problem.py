@@ -78,6 +78,11 @@ def reduce(members: int, hidden: int, eps: float, dtype: Dtype, arch: str) -> Ke
     return KernelSpec(f"reduce_n{members}_d{hidden}_{_SHORT[dtype]}", "reduce", params, arch)
 
 
+def argmax(members: int, dtype: Dtype, arch: str) -> KernelSpec:
+    """The tokens of the largest logits, whose columns `members` ranks share that write into each other's memory."""
+    return KernelSpec(f"argmax_n{members}_{_SHORT[dtype]}", "argmax", (("members", members), ("dtype", dtype)), arch)
+
+
 @lru_cache(maxsize=256)
 def ffn(shape: FfnShape, max_rows: int, arch: str) -> tuple[KernelSpec, ...]:
     """The kernels of Ops.mlp, Ops.mixture and Ops.linear for up to `max_rows` tokens; none where torch serves better.

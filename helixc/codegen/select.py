@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from helixc.codegen.problem import KernelSpec, batch, exchange, ffn, norm, problems, reduce
+from helixc.codegen.problem import KernelSpec, argmax, batch, exchange, ffn, norm, problems, reduce
 from helixc_runtime.attention_shape import LATENT_NORM_EPS, AttentionShape, attention_shape
 from helixc_runtime.ffn_shape import FfnShape, ffn_shape
 from helixc_runtime.manifest import Instance, Model, Plan, Rank
@@ -63,6 +63,8 @@ def _specs(model: Model, shape: AttentionShape, own_ffn: FfnShape, traits: _Trai
         yield exchange(shape, traits.cp, arch)
     for members in (1, traits.ffn_tp) if traits.one_sided_reduction else (1,):
         yield reduce(members, model.arch.hidden_size, model.arch.norm_eps, model.dtype, arch)
+    if traits.one_sided_reduction:
+        yield argmax(traits.ffn_tp, model.dtype, arch)
     if model.arch.mla and (rank := model.arch.mla.q_lora_rank):
         yield norm(rank, LATENT_NORM_EPS, model.dtype, arch)
     yield from ffn(own_ffn, traits.rows, arch)

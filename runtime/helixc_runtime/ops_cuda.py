@@ -33,10 +33,12 @@ ARGUMENTS = {
     "combine": ("pointer",) * 4 + ("int32",),
     "exchange": ("pointer",) * 7 + ("int32",) * 5,  # the limit in nanoseconds is as wide as a pointer
     "reduce": ("pointer",) * 10 + ("int32",) * 4,
+    "argmax": ("pointer",) * 6 + ("int32",) * 6,
     **ATTEND_ARGUMENTS,
     **FFN_ARGUMENTS,
 }
-_EARLY = EARLY | FFN_EARLY | {"exchange", "reduce"}  # the last two wait before they read anything
+_EARLY = EARLY | FFN_EARLY | {"exchange", "reduce", "argmax"}  # the last three wait before they read anything
+_BETWEEN = ("exchange", "argmax")  # GPUs only: of one_sided.py
 _NO_GROUP = (0,) * 8  # a reduction of one rank's summand: its group's arguments
 
 
@@ -68,7 +70,9 @@ class CudaOps:
         self.device = device
         of_ffn = [kernel for kernel in chosen if kernel.template in FFN_ARGUMENTS]
         chosen = [kernel for kernel in chosen if kernel.template not in FFN_ARGUMENTS]
-        chosen = [kernel for kernel in chosen if kernel.template != "exchange" and kernel.params.get("members", 1) == 1]
+        chosen = [
+            kernel for kernel in chosen if kernel.template not in _BETWEEN and kernel.params.get("members", 1) == 1
+        ]
         several = ("combine", "reduce")  # kernels of one template
         self._kernels = {kernel.template: kernel for kernel in chosen if kernel.template not in several}
         self._combines = {int(kernel.params["cp"]): kernel for kernel in chosen if kernel.template == "combine"}

@@ -14,7 +14,7 @@ import pytest
 
 from helixc.codegen.build import Cubin, compile_all, render_all
 from helixc.codegen.nvrtc import CompileError, Nvrtc, NvrtcMissing
-from helixc.codegen.problem import KernelSpec, attention, batch, exchange, ffn, problems, reduce
+from helixc.codegen.problem import KernelSpec, argmax, attention, batch, exchange, ffn, problems, reduce
 from helixc.codegen.render import KernelSource
 from helixc.codegen.template_root import template_root
 from tests.gpu.ffn_cases import QWEN3, V3, V3_LITE
@@ -94,6 +94,7 @@ def _specs() -> tuple[KernelSpec, ...]:
             exchange(gqa(64, 8, 128, 64, "float32"), 4, arch),
             *(reduce(n, 7168, 1e-6, "bfloat16", arch) for n in (1, 2, 8)),
             reduce(2, 2048, 1e-5, "float16", arch),
+            *(argmax(n, dtype, arch) for n in (2, 64) for dtype in ("bfloat16", "float32")),
             batch(gqa(8, 1, 128, 32), 1.25, arch),
         )
     )

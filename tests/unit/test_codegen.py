@@ -194,7 +194,13 @@ def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     specs = select(plan, ("sm_90a", "sm_100a"))
     hopper, other = (names_for((arch,), model, ranks[1], generation, 32) for arch in ("sm_90a", "sm_100a"))
     append, combine = "append_gqa_h16_kv4_d64_r64_b32_bf16", "combine_cp2_p64_bf16"
-    sends = ("batch_r64_b32", "exchange_cp2_h8_p64_bf16", "reduce_n1_d512_bf16", "reduce_n4_d512_bf16")
+    sends = (
+        "batch_r64_b32",
+        "exchange_cp2_h8_p64_bf16",
+        "reduce_n1_d512_bf16",
+        "reduce_n4_d512_bf16",
+        "argmax_n4_bf16",
+    )
     of_ffn = (*(f"linear_w{team}_n8" for team in (1, 2, 4, 8)), "gate_up_d512_i1024_n8", "down_d512_i1024_n8")
     rest = (combine, *sends, *of_ffn)
     assert hopper == (append, "gqa_schedule_h16_kv4_d64_b32", "gqa_partial_h16_kv4_d64_b32", *rest)
