@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from helixc.codegen.problem import KernelSpec, Param
 from helixc_runtime.attention_shape import MAX_PROCESSORS
@@ -57,6 +57,8 @@ def configure(spec: KernelSpec) -> KernelConfig:
     match spec.template:
         case "append":
             return _append(spec)
+        case "absorb":
+            return replace(_append(spec), threads=_SKINNY_THREADS, blocks=2)
         case "partial":
             return _portable_partial(spec)
         case "mla_schedule":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from helixc.codegen.problem import KernelSpec, argmax, batch, exchange, ffn, norm, problems, reduce
+from helixc.codegen.problem import KernelSpec, absorb, argmax, batch, exchange, ffn, norm, problems, reduce
 from helixc_runtime.attention_shape import LATENT_NORM_EPS, AttentionShape, attention_shape
 from helixc_runtime.ffn_shape import FfnShape, ffn_shape
 from helixc_runtime.manifest import Instance, Model, Plan, Rank
@@ -65,6 +65,8 @@ def _specs(model: Model, shape: AttentionShape, own_ffn: FfnShape, traits: _Trai
         yield reduce(members, model.arch.hidden_size, model.arch.norm_eps, model.dtype, arch)
     if traits.one_sided_reduction:
         yield argmax(traits.ffn_tp, model.dtype, arch)
-    if model.arch.mla and (rank := model.arch.mla.q_lora_rank):
-        yield norm(rank, LATENT_NORM_EPS, model.dtype, arch)
+    if mla := model.arch.mla:
+        yield from absorb(shape, mla.qk_nope_head_dim, traits.rows * shape.query_tokens, arch)
+        if mla.q_lora_rank:
+            yield norm(mla.q_lora_rank, LATENT_NORM_EPS, model.dtype, arch)
     yield from ffn(own_ffn, traits.rows, arch)

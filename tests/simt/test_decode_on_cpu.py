@@ -68,8 +68,8 @@ class Compared:
 @pytest.mark.parametrize(
     ("family", "calls"),
     [
-        ("deepseek-v3-lite", {"linear": 3 * 4 + 1, "mlp": 1, "mixture": 2}),
-        ("deepseek-v2", {"linear": 3 * 5 + 1, "mlp": 1, "mixture": 2}),
+        ("deepseek-v3-lite", {"linear": 3 * 3 + 1, "mlp": 1, "mixture": 2}),
+        ("deepseek-v2", {"linear": 3 * 4 + 1, "mlp": 1, "mixture": 2}),
         ("qwen3-moe", {"linear": 3 * 2 + 1, "mlp": 1, "mixture": 2}),
         ("llama", {"linear": 3 * 2 + 1, "mlp": 3, "mixture": 0}),
     ],
