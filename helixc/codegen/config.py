@@ -79,8 +79,8 @@ def configure(spec: KernelSpec) -> KernelConfig:
             return KernelConfig(spec, threads=64)
         case "exchange":
             return KernelConfig(spec, threads=_EXCHANGE_THREADS)
-        case "reduce":
-            return _reduce(spec)
+        case "reduce" | "embed":
+            return _of_rows(spec)
         case "argmax":
             return KernelConfig(spec, threads=1024)
         case "router":
@@ -95,7 +95,7 @@ def configure(spec: KernelSpec) -> KernelConfig:
             return KernelConfig(spec, _THREADS)
 
 
-def _reduce(spec: KernelSpec) -> KernelConfig:
+def _of_rows(spec: KernelSpec) -> KernelConfig:
     """A thread for each 16 bytes of a row, as far as a thread block goes."""
     params = dict(spec.params)
     size = int(params["hidden"]) * DTYPE_BYTES[str(params["dtype"])]

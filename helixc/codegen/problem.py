@@ -83,6 +83,11 @@ def argmax(members: int, dtype: Dtype, arch: str) -> KernelSpec:
     return KernelSpec(f"argmax_n{members}_{_SHORT[dtype]}", "argmax", (("members", members), ("dtype", dtype)), arch)
 
 
+def embed(hidden: int, dtype: Dtype, arch: str) -> KernelSpec:
+    """A step's tokens as the rows that a rank's share of the vocabulary has for them."""
+    return KernelSpec(f"embed_d{hidden}_{_SHORT[dtype]}", "embed", (("hidden", hidden), ("dtype", dtype)), arch)
+
+
 def absorb(shape: AttentionShape, nope: int, max_tokens: int, arch: str) -> tuple[KernelSpec, ...]:
     """Append of up to `max_tokens` tokens together with the product of W_UK, whose columns are `nope`; none for GQA.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from helixc.codegen.problem import KernelSpec, absorb, argmax, batch, exchange, ffn, norm, problems, reduce
+from helixc.codegen.problem import KernelSpec, absorb, argmax, batch, embed, exchange, ffn, norm, problems, reduce
 from helixc_runtime.attention_shape import LATENT_NORM_EPS, AttentionShape, attention_shape
 from helixc_runtime.ffn_shape import FfnShape, ffn_shape
 from helixc_runtime.manifest import Instance, Model, Plan, Rank
@@ -59,6 +59,7 @@ def _specs(model: Model, shape: AttentionShape, own_ffn: FfnShape, traits: _Trai
     """The kernels of one rank. Those of the fallbacks are there too: a sum of many rows is collective anyway."""
     yield from problems(shape, traits.cp, arch)
     yield batch(shape, model.arch.rope.attention_factor, arch)
+    yield embed(model.arch.hidden_size, model.dtype, arch)
     if traits.one_sided_exchange:
         yield exchange(shape, traits.cp, arch)
     for members in (1, traits.ffn_tp) if traits.one_sided_reduction else (1,):

@@ -27,6 +27,10 @@ class CheckedOps:
         """See Ops.make_batch."""
         return self._ops.make_batch(cache, positions, attends, rotary)
 
+    def embed(self, tokens: Tensor, table: Tensor, first: int) -> Tensor:
+        """See Ops.embed. Not checked: as add_norm."""
+        return self._ops.embed(tokens, table, first)
+
     def begin_step(self, batch: DecodeBatch) -> None:
         """See Ops.begin_step."""
         self._layer = self._first_layer - 1

@@ -125,6 +125,10 @@ class Ops(Protocol):
         """
         ...
 
+    def embed(self, tokens: Tensor, table: Tensor, first: int) -> Tensor:
+        """[N, hidden]: of tokens [N] int64 the rows of table [V, hidden], from token `first` on; else zeros."""
+        ...
+
     def begin_step(self, batch: DecodeBatch) -> None:
         """Prepare a step: what depends on the lengths and pages alone, once for all layers.
 

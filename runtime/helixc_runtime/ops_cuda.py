@@ -40,6 +40,7 @@ ARGUMENTS = {
     "append": ("pointer",) * 15 + ("int32",) * 9,
     "absorb": ("pointer",) * 12 + ("int32",) * 7,
     "batch": ("pointer",) * 9 + ("int32",) * 3,
+    "embed": ("pointer",) * 3 + ("int32",) * 2,
     "combine": ("pointer",) * 4 + ("int32",),
     "exchange": ("pointer",) * 7 + ("int32",) * 5,  # the limit in nanoseconds is as wide as a pointer
     "reduce": ("pointer",) * 10 + ("int32",) * 4,
@@ -47,8 +48,8 @@ ARGUMENTS = {
     **ATTEND_ARGUMENTS,
     **FFN_ARGUMENTS,
 }
-_EARLY = EARLY | FFN_EARLY | {"exchange", "reduce", "argmax", "absorb"}
-# Of these, exchange, reduce and argmax wait before they read anything; absorb reads weights.
+_EARLY = EARLY | FFN_EARLY | {"exchange", "reduce", "argmax", "embed", "absorb"}
+# Of these, absorb reads weights before it waits; the others wait first.
 _BETWEEN = ("exchange", "argmax")  # GPUs only: of one_sided.py
 _NO_GROUP = (0,) * 8  # a reduction of one rank's summand: its group's arguments
 
@@ -123,6 +124,22 @@ class CudaOps:
         pointers = (cos, sin, lengths, owned, slots, positions, attends, table, rotary.frequencies)
         self._loaded[kernel.name].launch((rows, 1, 1), *map(address, pointers), width, cache.cp, cache.cp_rank)
         return DecodeBatch(cos=cos, sin=sin, page_table=table, lengths=lengths, owned=owned, slots=slots)
+
+    def embed(self, tokens: Tensor, table: Tensor, first: int) -> Tensor:
+        """See Ops.embed. Raises ValueError on a wrong shape, dtype, device or memory layout."""
+        kernel = self._kernels.get("embed")
+        if kernel is None:
+            raise ValueError("the rank has no kernel that embeds tokens")
+        expect_shape("tokens", tokens, (None,))
+        expect_shape("table", table, (None, int(kernel.params["hidden"])))
+        self._expect("int64", tokens=tokens)
+        self._expect(self.shape.dtype, table=table)
+        _expect_aligned(table=table)
+        x = torch.empty(len(tokens), table.shape[1], dtype=table.dtype, device=self.device)
+        if len(tokens):
+            pointers = map(address, (x, tokens, table))
+            self._loaded[kernel.name].launch((len(tokens), 1, 1), *pointers, first, len(table))
+        return x
 
     def begin_step(self, batch: DecodeBatch) -> None:
         """See Ops.begin_step. Raises ValueError on a wrong dtype, device or memory layout."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ffn_shape import FfnShape
-from helixc_runtime.models.layers import gated_mlp, linear, mix, rms_norm
+from helixc_runtime.models.layers import embed, gated_mlp, linear, mix, rms_norm
 from helixc_runtime.models.rotary import Rotary, rotate
 from helixc_runtime.ops import (
     DecodeBatch,
@@ -53,6 +53,10 @@ class TorchOps:
     def make_batch(self, cache: KvCache, positions: Tensor, attends: Tensor, rotary: Rotary) -> DecodeBatch:
         """See Ops.make_batch."""
         return cache.batch(positions.clamp(min=0), (positions >= 0) & (attends == 1), rotary)
+
+    def embed(self, tokens: Tensor, table: Tensor, first: int) -> Tensor:
+        """See Ops.embed."""
+        return embed(tokens, table, first)
 
     def begin_step(self, batch: DecodeBatch) -> None:
         """See Ops.begin_step: there is nothing to prepare."""

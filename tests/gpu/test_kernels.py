@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helixc.codegen.build import compile_all, render_all
-from helixc.codegen.problem import KernelSpec, absorb, problems
+from helixc.codegen.problem import KernelSpec, absorb, embed, problems
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.cubin import CubinError, check_arch, device_arch
 from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache
@@ -109,6 +109,17 @@ def test_append(shape: AttentionShape, rows: int, folder: Path, device: torch.de
     pick = random.Random(seed)
     case = random_case(shape, [pick.randint(0, 9) for _ in range(rows)], device, seed)
     check_append(build(shape, 2, folder, device), case, BOUNDS[shape.dtype])
+
+
+@pytest.mark.parametrize("hidden", [2048, 7168])
+def test_embed(hidden: int, folder: Path, device: torch.device, seed: int) -> None:
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = gqa(64, 8, 128, 64)
+    ops = build(shape, 1, folder, device, [embed(hidden, "bfloat16", device_arch(device))])
+    table = torch.randn(1000, hidden, generator=generator, device=device).bfloat16()
+    tokens = torch.randint(5000, (64,), generator=generator, device=device)
+    tokens[:4] = torch.tensor([2000, 2999, 1999, 3000])
+    assert torch.equal(ops.embed(tokens, table, 2000), TorchOps(shape).embed(tokens, table, 2000))
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 13, 40])

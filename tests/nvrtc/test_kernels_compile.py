@@ -14,7 +14,7 @@ import pytest
 
 from helixc.codegen.build import Cubin, compile_all, render_all
 from helixc.codegen.nvrtc import CompileError, Nvrtc, NvrtcMissing
-from helixc.codegen.problem import KernelSpec, absorb, argmax, attention, batch, exchange, ffn, problems, reduce
+from helixc.codegen.problem import KernelSpec, absorb, argmax, attention, batch, embed, exchange, ffn, problems, reduce
 from helixc.codegen.render import KernelSource
 from helixc.codegen.template_root import template_root
 from tests.gpu.ffn_cases import QWEN3, V3, V3_LITE
@@ -97,6 +97,7 @@ def _specs() -> tuple[KernelSpec, ...]:
             *(argmax(n, dtype, arch) for n in (2, 64) for dtype in ("bfloat16", "float32")),
             *absorb(mla(16, 64), 128, 16, arch),
             *absorb(mla(128, 32, kv_dtype="float8_e4m3fn"), 192, 16, arch),
+            embed(7168, "bfloat16", arch),
             batch(gqa(8, 1, 128, 32), 1.25, arch),
         )
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helixc.codegen.problem import absorb, reduce
+from helixc.codegen.problem import absorb, embed, reduce
 from helixc.codegen.template_root import template_root
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.manifest import Dtype
@@ -148,6 +148,52 @@ def test_append_agrees_with_the_oracle(shape: AttentionShape, tmp_path: Path, mo
     lengths = [random.Random(seed).randint(0, 9) for _ in range(7)]
     for rows in ([3], lengths, [0, 0]):
         check_append(ops, random_case(shape, rows, CPU, seed), BOUNDS[shape.dtype])
+
+
+def check_embed(
+    dtype: Dtype, hidden: int, folder: Path, monkeypatch: pytest.MonkeyPatch, root: Path | None = None
+) -> None:
+    """Tokens of this rank's share of the vocabulary, of its borders, and of others' before and after."""
+    more = [embed(hidden, dtype, "sm_100a")]
+    ops = cpu_ops(gqa(8, 1, 64, 4, dtype), 1, folder, monkeypatch, 2, root, only_append=True, more=more)
+    table, tokens = torch.randn(30, hidden).to(getattr(torch, dtype)), torch.tensor([50, 79, 49, 80, 0, 200, 61])
+    want = TorchOps(ops.shape).embed(tokens, table, 50)
+    assert torch.equal(want[:2], table[[0, -1]]) and not want[2:6].any() and torch.equal(want[6], table[11])
+    assert torch.equal(ops.embed(tokens, table, 50), want)
+
+
+@pytest.mark.parametrize(("dtype", "hidden"), [("bfloat16", 2048), ("float32", 20), ("float16", 104)])
+def test_embed(dtype: Dtype, hidden: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_embed(dtype, hidden, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("row >= 0 && row < rows", "row > 0 && row < rows"),
+        ("row >= 0 && row < rows", "row >= 0 && row < rows - 1"),
+        ("own ? from[i] : Vector16{{0, 0, 0, 0}}", "own ? from[i] : Vector16{{1, 0, 0, 0}}"),
+        ("+ row * vectors;", "+ (row ? row - 1 : 0) * vectors;"),
+    ],
+)
+def test_a_wrong_embed_is_noticed(right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = planted(tmp_path, [Bug("embed", right, wrong)])
+    with pytest.raises(AssertionError):
+        check_embed("bfloat16", 2048, tmp_path, monkeypatch, root)
+
+
+def test_what_cannot_be_embedded_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = [embed(64, "bfloat16", "sm_100a")]
+    ops = cpu_ops(gqa(8, 1, 64, 4), 1, tmp_path, monkeypatch, 2, only_append=True, more=more)
+    table, tokens = torch.zeros(3, 64, dtype=torch.bfloat16), torch.tensor([1, 2])
+    for given, message in (
+        ((tokens.int(), table), "tokens is int32, expected int64"),
+        ((tokens, table[:, :8]), "table has shape"),
+        ((tokens, table.float()), "table is float32, expected bfloat16"),
+        ((tokens.view(2, 1), table), "tokens has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.embed(*given, 0)
 
 
 def absorb_ops(

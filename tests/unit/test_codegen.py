@@ -196,6 +196,7 @@ def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     append, combine = "append_gqa_h16_kv4_d64_r64_b32_bf16", "combine_cp2_p64_bf16"
     sends = (
         "batch_r64_b32",
+        "embed_d512_bf16",
         "exchange_cp2_h8_p64_bf16",
         "reduce_n1_d512_bf16",
         "reduce_n4_d512_bf16",
@@ -208,7 +209,7 @@ def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     both = names_for(("sm_90a", "sm_100a"), model, ranks[1], generation, 32)
     assert both == (*hopper, *other[1:3])
     apart = replace(generation, exchange="collective", reduce_rows=0)
-    assert names_for(("sm_90a",), model, ranks[1], apart, 32) == (*hopper[:4], sends[0], sends[2], *of_ffn)
+    assert names_for(("sm_90a",), model, ranks[1], apart, 32) == (*hopper[:4], sends[0], sends[1], sends[3], *of_ffn)
     assert [s.name for s in specs] == [*hopper, *other]
     assert names_for(("sm_90a",), model, ranks[0], context, 32) == ()
     planned = configure(specs[2]).planned()

@@ -196,6 +196,9 @@ class _Nothing:
     def begin_step(self, batch: DecodeBatch) -> None:
         pass
 
+    def embed(self, tokens: Tensor, table: Tensor, first: int) -> Tensor:
+        return table.new_empty(len(tokens), table.shape[1])
+
     def append(self, new: Projections, cache: LayerCache, batch: DecodeBatch) -> Tensor:
         q = new.q_latent if isinstance(new, MlaProjections) else new.q
         return q.new_empty(len(q), self.shape.heads, self.shape.head_dim)

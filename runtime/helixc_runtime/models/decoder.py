@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from helixc_runtime.comm import Comm
 from helixc_runtime.manifest import ModelArch, Range, Rank, split
 from helixc_runtime.models.attention import Keep, Linear, make_attention, unchanged
-from helixc_runtime.models.layers import mixture, mixture_weights, mlp, mlp_weights, rms_norm
+from helixc_runtime.models.layers import embed, mixture, mixture_weights, mlp, mlp_weights, rms_norm
 from helixc_runtime.models.rotary import Rotary
 from helixc_runtime.ops import DecodeBatch, LayerCache, Norm, Ops
 from helixc_runtime.weights import Weights
@@ -86,7 +86,7 @@ class Decoder:
         first, end = self.rank.layers
         norm = self._norm("input_norm", first)
         if self.is_first:
-            x, normed = self.comm.reduce(self._own_rows(tokens), None, None, norm, ops, "embedding")
+            x, normed = self.comm.reduce(self._own_rows(tokens, ops.embed), None, None, norm, ops, "embedding")
         else:
             x, normed = ops.add_norm(self._received(len(tokens)), None, None, norm)
         for layer in range(first, end):
@@ -155,14 +155,12 @@ class Decoder:
         return ops.mlp(x, mlp_weights(self.weights, layer))
 
     def _embedded(self, tokens: Tensor) -> Tensor:
-        return self.comm.all_reduce(self._own_rows(tokens), "ffn_tp")
+        return self.comm.all_reduce(self._own_rows(tokens, embed), "ffn_tp")
 
-    def _own_rows(self, tokens: Tensor) -> Tensor:
+    def _own_rows(self, tokens: Tensor, embed: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
         """The vocabulary is sharded: rows of other ranks contribute zeros to the sum."""
-        table = self.weights("embed")
-        lo, hi = self._own_vocabulary()
-        mine = (tokens >= lo) & (tokens < hi)
-        return table[(tokens - lo).clamp(0, hi - lo - 1)].masked_fill(~mine.unsqueeze(1), 0.0)
+        first, _ = self._own_vocabulary()
+        return embed(tokens, self.weights("embed"), first)
 
     def _own_vocabulary(self) -> Range:
         """Tokens whose embedding and logits are this rank's."""
