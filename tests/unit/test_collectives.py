@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import random
 import secrets
+import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
+from torch import Tensor
 
 from examples.tiny_checkpoint import VOCAB, make_checkpoint
 from helixc.plan.collectives import admission, by_request, collectives, decode_step, handoff, prefill, traffic
 from helixc.plan.rendezvous import Op, flaws
+from helixc_runtime import comm
+from helixc_runtime.comm import TorchComm
 from helixc_runtime.job import Request
 from helixc_runtime.manifest import Plan, Rank, local_length
 from tests.deployments import plan_of, role
-from tests.threads import Call, calls_of
+from tests.threads import Call, ThreadDist, calls_of
 
 # --- What the runtime does --------------------------------------------------------------------------------------
 
@@ -111,6 +116,33 @@ def test_traffic_is_the_sum_of_the_step() -> None:
         "all_reduce": (2 * 61 + 1) * 7168 * 2,
         "all_gather": 129280 // 4 * 2,
     }
+
+
+def test_the_largest_of_all_ranks_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks, shares of 4, 3 and 3 columns: torch's argmax of all; of equal logits the first, NaN before all."""
+    widths, fake = (4, 3, 3), ThreadDist()
+    monkeypatch.setattr(comm, "_all_gather", fake.all_gather)
+    logits = torch.randint(3, (60, 10)).float()
+    logits[::4, secrets.randbelow(10)] = torch.nan
+    logits[1::4] = -torch.inf
+    plan = plan_of("llama-3.1-8b", None, role(tp=2, cp=4))
+    ranks = [replace(rank, groups=replace(rank.groups, ffn_tp=(0, 1, 2))) for rank in plan.ranks[:3]]
+    found: dict[int, Tensor] = {}
+
+    def body(rank: Rank) -> None:
+        fake.become(rank.rank)
+        own = TorchComm(rank, cast(Any, {"ffn_tp": rank.groups.ffn_tp}))
+        x = logits.bfloat16().split(widths, dim=1)[rank.rank]
+        found[rank.rank] = own.argmax(x, sum(widths[: rank.rank]), "tokens")
+
+    threads = [threading.Thread(target=body, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    for tokens in found.values():
+        assert torch.equal(tokens, logits.argmax(-1))
 
 
 # --- What cannot end --------------------------------------------------------------------------------------------
