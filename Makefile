@@ -49,7 +49,9 @@ bench: ## what needs a GPU in bench/, with $(PYTHON)'s own packages; then make b
 	$(PYTHON) bench/launch.py
 	$(PYTHON) bench/steps.py
 	$(PYTHON) bench/attention.py
-	$(PYTHON) bench/decode.py # on two GPUs
+	$(PYTHON) bench/ffn.py
+	$(PYTHON) bench/exchange.py # on two GPUs, as the next
+	$(PYTHON) bench/decode.py
 
 setup: $(VENV)/.installed-dev ## only install, with what development needs
 

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +40,7 @@ from bench.gpu_timing import copy_bandwidth, earlier_rows, machine  # noqa: E402
 from helixc.build import build, build_without_kernels, make_plan  # noqa: E402
 from helixc.hardware import GPUS  # noqa: E402
 from helixc.model import read_model  # noqa: E402
+from helixc.spec.spec import RoleSpec  # noqa: E402
 from helixc_runtime.artifact import load  # noqa: E402
 from helixc_runtime.comm import connect  # noqa: E402
 from helixc_runtime.engine import Generation, Session, load_decoder, make_comm, make_ops  # noqa: E402
@@ -58,9 +59,9 @@ POOL_BYTES = 80e9  # what a rank's KV may take; a layout whose share of a case i
 WARM_STEPS, STEPS, PROFILED = 8, 48, 4
 MOST_KERNELS = 45  # of a profile
 DEADLINE_S = 240.0  # for one model
-LAYOUTS = {"tp1 cp2": role(cp=2), "tp2": role(tp=2), "tp1": role()}
-HELIX, PLAIN, ALONE = LAYOUTS
-COMPARED = (HELIX, PLAIN)
+LAYOUTS = {"tp1 cp2": role(cp=2), "tp2": role(tp=2)}
+HELIX, PLAIN = LAYOUTS
+ALONE = {"tp1": role()}
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Study:
     cases: tuple[tuple[int, int], ...]  # (batch, tokens cached of each row)
     block: int = BLOCK
     overrides: tuple[tuple[str, Any], ...] = ()  # of ModelArch
+    layouts: dict[str, RoleSpec] = field(default_factory=lambda: LAYOUTS)
 
 
 LENGTHS = (8 * K, 64 * K, 256 * K, M)
@@ -118,24 +120,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the models asked for and write the results. Returns 1 if something could not be measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", default=",".join(n for n in STUDIES if n != "tiny"), help="models, by default all")
-    parser.add_argument("--layouts", choices=[",".join(COMPARED), ALONE], default=",".join(COMPARED))
+    parser.add_argument("--layouts", choices=["compared", *ALONE], default="compared")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
     options = parser.parse_args(arguments)
     on_gpu = torch.cuda.is_available()
     result: dict[str, Any] = machine() if on_gpu else {"gpu": "none", "versions": {"torch": torch.__version__}}
-    names, layouts, failures = options.only.split(","), options.layouts.split(","), []
+    names, failures = options.only.split(","), []
     result["rows"] = [row for row in earlier_rows(options.out, result) if row["model"] not in names]
     for name in names:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as temporary:
             try:
-                found = measure(name, STUDIES[name], layouts, Path(temporary), on_gpu, options.profile)
+                study = replace(STUDIES[name], layouts=LAYOUTS if options.layouts == "compared" else ALONE)
+                found = measure(name, study, Path(temporary), on_gpu, options.profile)
             except RuntimeError as error:  # one model must not stop the others
                 failures.append(f"{name}: {error}")
                 print(failures[-1], flush=True)
                 continue
-        if ALONE in found:
+        if study.layouts is ALONE:
             continue
         rows = list(compared(name, STUDIES[name], found))
         result["rows"] += rows
@@ -156,24 +159,24 @@ class Found:
     bandwidth: float  # of the slower GPU, bytes a second
 
 
-def measure(
-    name: str, study: Study, layouts: Sequence[str], folder: Path, on_gpu: bool, profile: bool
-) -> dict[str, Found]:
+def measure(name: str, study: Study, folder: Path, on_gpu: bool, profile: bool) -> dict[str, Found]:
     """Each layout of one model; all have the same number of ranks. RuntimeError if a process fails or is too slow."""
     plans = {}
-    for layout in layouts:
+    for layout in study.layouts:
         plans[layout] = planned(study, layout, folder / layout, on_gpu)
         print(f"{name}, gen {layout}: KV capacity {capacity(plans[layout]):,} tokens of one H200 a rank", flush=True)
-    run_ranks(study, layouts, folder, on_gpu, profile)
-    return {layout: Found(plans[layout], **json.loads((folder / f"{layout}.json").read_text())) for layout in layouts}
+    run_ranks(study, folder, on_gpu, profile)
+    return {
+        layout: Found(plans[layout], **json.loads((folder / f"{layout}.json").read_text())) for layout in study.layouts
+    }
 
 
 def compared(name: str, study: Study, found: Mapping[str, Found]) -> Iterator[dict[str, Any]]:
     """The rows of one model: HELIX, with PLAIN beside it."""
-    plans = {layout: found[layout].plan for layout in COMPARED}
+    plans = {layout: found[layout].plan for layout in LAYOUTS}
     bandwidth = found[HELIX].bandwidth
     for batch, tokens in study.cases:
-        helix, plain = (of_case(found[layout].cases, batch, tokens) for layout in COMPARED)
+        helix, plain = (of_case(found[layout].cases, batch, tokens) for layout in LAYOUTS)
         if helix is None:
             continue
         floor_us = helix.floor_bytes / bandwidth * 1e6
@@ -231,7 +234,9 @@ def planned(study: Study, layout: str, artifact: Path, on_gpu: bool) -> Plan:
         arch = replace(arch, num_layers=study.layers, moe=moe)
     arch = replace(arch, max_position=2 * M, **dict(study.overrides))
     batch, length = (max(values) for values in zip(*study.cases, strict=True))
-    generation = replace(LAYOUTS[layout], max_batch_size=batch, max_seq_len=total(length), tokens_per_block=study.block)
+    generation = replace(
+        study.layouts[layout], max_batch_size=batch, max_seq_len=total(length), tokens_per_block=study.block
+    )
     cp = generation.context_parallel_size
     held = [batch * local_length(total(n), study.block, cp, 0) for batch, n in fitting(study, arch, layout)]
     pool = (max(held) // study.block + 8) * study.block  # a page is reserved whole
@@ -259,7 +264,8 @@ def generated() -> int:
 
 def fitting(study: Study, arch: ModelArch, layout: str) -> list[tuple[int, int]]:
     """The cases whose KV a rank of the layout can hold."""
-    tp, cp = LAYOUTS[layout].tensor_parallel_size, LAYOUTS[layout].context_parallel_size
+    sizes = study.layouts[layout]
+    tp, cp = sizes.tensor_parallel_size, sizes.context_parallel_size
     heads = 1 if arch.mla else arch.num_kv_heads // tp
     token = arch.kv_bytes("bfloat16") * heads * arch.num_layers
     return [(batch, n) for batch, n in study.cases if batch * local_length(n, study.block, cp, 0) * token <= POOL_BYTES]
@@ -292,16 +298,16 @@ def floor_bytes(plan: Plan, rank: Rank, batch: int, tokens: int) -> float:
 # --- A process a rank -------------------------------------------------------------------------------------------
 
 
-def world(layout: str) -> int:
+def world(sizes: RoleSpec) -> int:
     """Ranks of a layout."""
-    return LAYOUTS[layout].tensor_parallel_size * LAYOUTS[layout].context_parallel_size
+    return sizes.tensor_parallel_size * sizes.context_parallel_size
 
 
-def run_ranks(study: Study, layouts: Sequence[str], folder: Path, on_gpu: bool, profile: bool) -> None:
-    """One layout after the other, by a process a rank; the first leaves LAYOUT.json in `folder`."""
-    context, ports = multiprocessing.get_context("spawn"), {layout: free_port() for layout in layouts}
-    shared = (study, ports, folder, on_gpu, profile)
-    ranks = [context.Process(target=run_rank, args=(*shared, rank)) for rank in range(world(layouts[0]))]
+def run_ranks(study: Study, folder: Path, on_gpu: bool, profile: bool) -> None:
+    """The layouts, all of as many ranks, one after the other, by a process a rank; LAYOUT.json comes into `folder`."""
+    context, ports = multiprocessing.get_context("spawn"), [free_port() for _ in study.layouts]
+    count = max(world(sizes) for sizes in study.layouts.values())
+    ranks = [context.Process(target=run_rank, args=(study, folder, on_gpu, profile, r, ports)) for r in range(count)]
     deadline = time.monotonic() + DEADLINE_S
     for process in ranks:
         process.start()
@@ -324,10 +330,10 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_rank(study: Study, ports: Mapping[str, int], folder: Path, on_gpu: bool, profile: bool, rank: int) -> None:
-    """One of the processes; `ports` by layout."""
+def run_rank(study: Study, folder: Path, on_gpu: bool, profile: bool, rank: int, ports: Sequence[int]) -> None:
+    """One of the processes."""
     torch.set_num_threads(1)
-    for layout, port in ports.items():
+    for layout, port in zip(study.layouts, ports, strict=True):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
         if on_gpu:
@@ -335,7 +341,7 @@ def run_rank(study: Study, ports: Mapping[str, int], folder: Path, on_gpu: bool,
         with torch.inference_mode():
             cases = list(run_layout(study, folder / layout, rank, device, profile))
             bandwidth = copy_bandwidth(device) if on_gpu else math.inf
-        ranks: list[Any] = [None] * world(layout)
+        ranks: list[Any] = [None] * world(study.layouts[layout])
         dist.all_gather_object(ranks, (cases, bandwidth))
         if rank == 0:
             found = {"cases": [case for of_rank, _ in ranks for case in of_rank], "bandwidth": min(b for _, b in ranks)}

@@ -36,6 +36,7 @@ def page(results: Path) -> str:
         "steps": steps,
         "exchange": exchange,
         "decode": decode,
+        "hop": hop,
         "ffn": ffn,
         "launch": launch,
         "compiler": compiler,
@@ -200,6 +201,31 @@ of torch's copy in the same run. Host is how much longer a step takes than the G
             head = (*head, "vLLM, us", "vLLM / cp2")
             note += VLLM
         sections.append(_section(f"{model}, {chosen[0]['layers']} layers", note, head, rows, level=3))
+    return "\n".join(sections)
+
+
+def hop(result: dict[str, Any]) -> str:
+    """Decode steps with their rows in groups, against one group."""
+    text = f"""Machine: two of {_machine(result)}.
+Repeat with `python bench/hop.py`. Decode steps of `gen tp1 cp2` as in bench/decode.py, all rows in one group and in
+several, whose exchanges run under attention; medians of what the GPUs take. Saved is time of one layer, and what the
+estimate says of it that chooses the groups.
+"""
+    sections = [_section("HOP-B: rows in groups", text, (), [])]
+    for model in dict.fromkeys(row["model"] for row in result["rows"]):
+        chosen = [row for row in result["rows"] if row["model"] == model]
+        rows = [
+            (
+                f"{row['transport'].replace('_', '-')}, {row['space']}s",
+                f"{row['batch']}x{row['tokens'] // 1024}k",
+                str(row["groups"]),
+                f"{row['step_us']:.0f}",
+                *(f"{row[key]:.1f}" if row["groups"] > 1 else "-" for key in ("saved_us", "estimated_us")),
+            )
+            for row in chosen
+        ]
+        head = ("exchange", "batch x tokens", "groups", "step, us", "saved a layer, us", "estimated, us")
+        sections.append(_section(f"{model}, {chosen[0]['layers']} layers", "", head, rows, level=3))
     return "\n".join(sections)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from helixc_runtime.manifest import Transport
+
 DEFAULT_GPUS_PER_NODE = 8
 GIB = 2**30
 
@@ -40,3 +42,14 @@ NETWORK_LATENCY = 20e-6
 # Bytes that a rank sends to all others of its group, up to which a sum in one shot beats NCCL's all-reduce. Between two
 # H200 it takes half as long even for 14 MB (bench/exchange.py); more ranks, which favour NCCL, are not measured.
 ONE_SHOT_BYTES = 8 << 20
+# Parts of the peak bandwidths: of NVLink that a larger exchange of partials reaches (two H200: bench/exchange.py), and
+# of the memory that the product with W_UV reaches (H100: bench/ffn.py).
+EXCHANGE_SHARE: dict[Transport, float] = {"one_sided": 0.70, "collective": 0.14}
+PROJECTION_SHARE = 0.70
+# Seconds that an exchange takes with hardly any rows (two H200), and attention with hardly any tokens (H100).
+EXCHANGE_START: dict[Transport, float] = {"one_sided": 2.7e-6, "collective": 25e-6}
+ATTENTION_START = {"mla": 11e-6, "gqa": 6e-6}
+# Parts of the peak bandwidth and tensor-core rate that attention reaches with more tokens (H100: bench/attention.py).
+ATTENTION_READ_SHARE, ATTENTION_OPERATIONS_SHARE = 0.85, 0.57
+PROCESSORS = 132  # multiprocessors of a Hopper GPU; others are not measured
+JOIN = 2e-6  # seconds until a kernel starts that waits for two streams: an assumption

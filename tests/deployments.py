@@ -25,6 +25,8 @@ _ROLE: dict[str, Any] = {
     "kv_dtype": "auto",
     "max_tokens": None,
     "free_gpu_memory_fraction": 0.9,
+    "exchange_space": "auto",
+    "hop_groups": None,
 }
 _SHORT = {
     "n": "num_instances",

@@ -17,6 +17,7 @@ DEPLOYMENT_CHECKS: tuple[Check[Case], ...] = (
     helix.context_has_no_cp,
     helix.cp_type_is_helix,
     helix.shards_have_blocks,
+    helix.groups_have_rows,
     memory.cache_holds_a_block,
     memory.cache_holds_a_request,
     model.generation_holds_what_was_prefilled,
@@ -38,6 +39,7 @@ MODEL_CHECKS: tuple[Check[ModelCase], ...] = (
     helix.kv_heads_divide,
     helix.kv_heads_are_duplicated,
     helix.helix_pays,
+    helix.latents_exist,
     memory.max_tokens_counts_one_rank,
     model.weights_exist,
     model.lengths_are_in_range,
@@ -53,6 +55,7 @@ INDEPENDENT_OF_SIZES = frozenset(
     for check in (
         helix.context_has_no_cp,
         helix.cp_type_is_helix,
+        helix.latents_exist,
         model.weights_exist,
         model.lengths_are_in_range,
         model.generation_holds_what_was_prefilled,

@@ -9,6 +9,7 @@ from helixc.checks.case import CP, TP, Case, ModelCase, Side
 from helixc.checks.check import Finding, error, warning
 from helixc.diagnostics import counted, divisors, listed
 from helixc.hardware import GPUS, NETWORK_LATENCY, NVLINK_LATENCY, Gpu
+from helixc.plan.exchange_space import exchange_space
 from helixc.plan.lower import kv_dtype
 from helixc.spec.agreement import value_at
 from helixc.spec.source import KeyPath
@@ -151,7 +152,7 @@ def helix_pays(case: ModelCase) -> Iterator[Finding]:
         length = side.spec.max_seq_len
         if side.cp == 1 or length is None:
             continue
-        saved, cost = _saved_a_token(side, case.arch, gpu), _exchange_time(side, case.arch, gpu)
+        saved, cost = _saved_a_token(side, case.arch, gpu), _exchange_time(case, side, gpu)
         if length * saved < cost:
             message = (
                 f"at max_seq_len {length:,}, cp {side.cp} saves {length * saved * 1e6:.1f} us of KV reading a layer "
@@ -162,6 +163,44 @@ def helix_pays(case: ModelCase) -> Iterator[Finding]:
             yield Finding(side.at(CP), message, help, related)
 
 
+@error("HX308")
+def latents_exist(case: ModelCase) -> Iterator[Finding]:
+    """exchange_space is latent for a model without latent attention.
+
+    The partials of multi-head latent attention (DeepSeek) can be exchanged as latents, before W_UV, or as values,
+    after it. All other attention has values only. The key may be left out: helixc then chooses by an estimate
+    (docs/helix.md).
+    """
+    key = "cp_config", "exchange_space"
+    for side in case.sides:
+        if side.role == "generation" and case.arch.mla is None and side.spec.exchange_space == "latent":
+            message = f"{case.arch.architecture} has no latents to exchange"
+            yield Finding(side.at(*key), message, "write value, or remove the key")
+
+
+@error("HX309")
+def groups_have_rows(case: Case) -> Iterator[Finding]:
+    """hop_groups asks for groups that there cannot be.
+
+    HOP-B attends the rows of a decode step in groups, and exchanges the partials of one while it attends the next. So
+    there must be an exchange, which only cp ranks have, and no group may be without rows: an instance has at most
+    max_batch_size. The key may be left out: helixc then chooses by an estimate (docs/helix.md). 1 is off.
+    """
+    key = "cp_config", "hop_groups"
+    for side in case.sides:
+        groups, rows = side.spec.hop_groups or 1, side.spec.max_batch_size
+        if side.role == "context" or groups == 1:
+            continue
+        if side.cp == 1:
+            yield Finding(
+                side.at(*key), f"{side.name} has cp 1, and no exchange for hop_groups {groups}", "remove the key"
+            )
+        elif groups > rows:
+            message = f"hop_groups {groups} is more than max_batch_size {rows} of {side.name}"
+            related = side.related("the most rows are given here", "max_batch_size", side.at(*key))
+            yield Finding(side.at(*key), message, f"write {rows} or less, or remove the key", related)
+
+
 def _saved_a_token(side: Side, arch: ModelArch, gpu: Gpu) -> float:
     """Seconds a layer that cp saves for every token of length, at max_batch_size on one rank."""
     tp = 1 if side.spec.enable_attention_dp else side.tp
@@ -170,10 +209,11 @@ def _saved_a_token(side: Side, arch: ModelArch, gpu: Gpu) -> float:
     return read * (1 - 1 / side.cp) / gpu.bandwidth
 
 
-def _exchange_time(side: Side, arch: ModelArch, gpu: Gpu) -> float:
+def _exchange_time(case: ModelCase, side: Side, gpu: Gpu) -> float:
     """Seconds a layer that a rank takes to send partials and their LSE to the other ranks of its cp group."""
     tp = 1 if side.spec.enable_attention_dp else side.tp
-    partials = side.spec.max_batch_size * arch.num_heads / tp * (arch.partial_dim * 2 + 4)
+    width = case.arch.exchanged_dim(exchange_space(side.spec, case.arch, case.spec.hardware))
+    partials = side.spec.max_batch_size * case.arch.num_heads / tp * (width * 2 + 4)
     inside = side.cp <= gpu.domain
     latency, link = (NVLINK_LATENCY, gpu.nvlink) if inside else (NETWORK_LATENCY, gpu.network)
     return latency + partials * (1 - 1 / side.cp) / link

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from helixc.checks.case import ModelCase
 from helixc.checks.check import Finding, warning
 from helixc.codegen.config import configure
-from helixc.codegen.problem import problems
+from helixc.codegen.problem import exchange, problems
 from helixc.plan.lower import lower
 from helixc.plan.shards import head_ranges
 from helixc_runtime.attention_shape import shape_of_heads
@@ -25,8 +25,8 @@ def kernels_serve_the_model(case: ModelCase) -> Iterator[Finding]:
     layout = deployment.generation
     q, kv, _ = head_ranges(case.arch, layout, layout.mapping.coordinates(0))
     try:
-        shape = shape_of_heads(deployment.model, q, kv, deployment.tokens_per_block)
-        for problem in problems(shape, layout.mapping.cp, arch=""):
+        shape = shape_of_heads(deployment.model, q, kv, layout.exchange_space, deployment.tokens_per_block)
+        for problem in (*problems(shape, layout.mapping.cp, arch=""), exchange(shape, layout.mapping.cp, arch="")):
             configure(problem)
     except ValueError as error:
         span = case.source.value_span(("model",))

@@ -78,6 +78,7 @@ def configure(spec: KernelSpec) -> KernelConfig:
         case "batch":
             return KernelConfig(spec, threads=64)
         case "exchange":
+            _expect_vectors(spec, "partial_dim")
             return KernelConfig(spec, threads=_EXCHANGE_THREADS)
         case "reduce" | "embed":
             return _of_rows(spec)
@@ -97,11 +98,16 @@ def configure(spec: KernelSpec) -> KernelConfig:
 
 def _of_rows(spec: KernelSpec) -> KernelConfig:
     """A thread for each 16 bytes of a row, as far as a thread block goes."""
+    return KernelConfig(spec, threads=min(-(-_expect_vectors(spec, "hidden") // 512) * 32, 1024))
+
+
+def _expect_vectors(spec: KernelSpec, width: str) -> int:
+    """The bytes of `width` columns; ValueError unless they are whole loads of 16."""
     params = dict(spec.params)
-    size = int(params["hidden"]) * DTYPE_BYTES[str(params["dtype"])]
-    if size % 16:
-        raise ValueError(f"{spec.name}: a row of {size} bytes is not a multiple of 16")
-    return KernelConfig(spec, threads=min(-(-size // 512) * 32, 1024))
+    size = int(params[width]) * DTYPE_BYTES[str(params["dtype"])]
+    if size % _VECTOR_BYTES:
+        raise ValueError(f"{spec.name}: {params[width]} columns of {size} bytes are not a multiple of {_VECTOR_BYTES}")
+    return size
 
 
 def _append(spec: KernelSpec) -> KernelConfig:

@@ -59,10 +59,10 @@ def exchange(shape: AttentionShape, cp: int, arch: str) -> KernelSpec:
     params: Params = (
         ("cp", cp),
         ("out_heads", heads),
-        ("partial_dim", shape.partial_dim),
+        ("partial_dim", shape.exchanged_dim),
         ("dtype", shape.dtype),
     )
-    name = f"exchange_cp{cp}_h{heads}_p{shape.partial_dim}_{_SHORT[shape.dtype]}"
+    name = f"exchange_cp{cp}_h{heads}_p{shape.exchanged_dim}_{_SHORT[shape.dtype]}"
     return KernelSpec(name, "exchange", params, arch)
 
 
@@ -277,8 +277,8 @@ def _merge(shape: AttentionShape, arch: str) -> KernelSpec:
 
 
 def _combine(shape: AttentionShape, cp: int, arch: str) -> KernelSpec:
-    params: Params = (("cp", cp), ("partial_dim", shape.partial_dim), ("dtype", shape.dtype))
-    return KernelSpec(f"combine_cp{cp}_p{shape.partial_dim}_{_SHORT[shape.dtype]}", "combine", params, arch)
+    params: Params = (("cp", cp), ("partial_dim", shape.exchanged_dim), ("dtype", shape.dtype))
+    return KernelSpec(f"combine_cp{cp}_p{shape.exchanged_dim}_{_SHORT[shape.dtype]}", "combine", params, arch)
 
 
 def _heads(shape: AttentionShape) -> Params:

@@ -65,14 +65,15 @@ def _work(plan: Plan, instance: Instance, rank: Rank, kernel: Kernel) -> tuple[i
     """(bytes, operations) of one launch."""
     arch, rows = plan.model.arch, instance.max_batch_size
     heads, kv_heads = (span[1] - span[0] for span in (rank.q_heads, rank.kv_heads))
+    exchanged = arch.exchanged_dim(rank.exchange_space)
     size, stored = DTYPE_BYTES[plan.model.dtype], kv_heads * plan.model.kv_bytes
     if kernel.template == "append":
         return rows * (2 * heads * arch.head_dim * size + kv_heads * arch.kv_width * size + stored), 0
     if kernel.template == "combine":
-        partials = rows * (heads // instance.cp) * (arch.partial_dim * size + 4)
+        partials = rows * (heads // instance.cp) * (exchanged * size + 4)
         return (instance.cp + 1) * partials, 0
     if kernel.template == "exchange":
-        return (instance.cp - 1) * rows * (heads // instance.cp) * (arch.partial_dim * size + 4), 0
+        return (instance.cp - 1) * rows * (heads // instance.cp) * (exchanged * size + 4), 0
     if kernel.template == "reduce":
         others = int(kernel.params["members"]) - 1
         summed = min(rows, instance.reduce_rows) if others else rows

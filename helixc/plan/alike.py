@@ -36,7 +36,7 @@ def _shape(plan: Plan, instance: Instance) -> tuple[object, ...]:
     """All that decides what an instance's ranks do, its ranks counted from its own first."""
     relative = (-instance.ranks[0]).__add__
     sizes = (instance.tp, instance.cp, instance.pp, instance.moe_tp, instance.moe_ep, instance.attention_dp)
-    transports = (instance.exchange, instance.reduce_rows)
+    transports = (instance.exchange, instance.reduce_rows, instance.hop)
     ranks = members(plan, instance)
     groups = [tuple(map(relative, group)) for rank in ranks for group in _groups(rank.groups)]
     return (

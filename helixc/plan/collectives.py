@@ -34,13 +34,14 @@ def collectives(plan: Plan) -> Iterator[str]:
         admitted = {rank.rank: admission(instance) for rank in members(plan, instance)}
         yield from (f"{label(instance)}, admission: {flaw}" for flaw in flaws(admitted))
         yield from (f"{label(instance)}, decode: {flaw}" for flaw in _strangers(plan, instance))
-        programs = {rank.rank: decode_step(plan, instance, rank) for rank in members(plan, instance)}
-        yield from (f"{label(instance)}, decode: {flaw}" for flaw in flaws(programs))
+        for groups in sorted({1, instance.hop.groups}):
+            programs = {rank.rank: decode_step(plan, instance, rank, groups) for rank in members(plan, instance)}
+            yield from (f"{label(instance)}, decode: {flaw}" for flaw in flaws(programs))
 
 
 def prefill(plan: Plan, instance: Instance, rank: Rank) -> Program:
     """What a context rank issues for one prompt. Sizes are a token's; the logits are those of one token."""
-    return [*_stage(plan, rank, exchange=False), *_logits(plan, rank), *_token(instance, 1)]
+    return [*_stage(plan, rank, exchanges=0), *_logits(plan, rank), *_token(instance, 1)]
 
 
 def admission(instance: Instance) -> Program:
@@ -48,14 +49,15 @@ def admission(instance: Instance) -> Program:
     return list(_control(instance, instance.ranks[0], 2 * instance.max_batch_size + 1, "admission"))
 
 
-def decode_step(plan: Plan, instance: Instance, rank: Rank, *, greedy: bool = False) -> Program:
+def decode_step(plan: Plan, instance: Instance, rank: Rank, groups: int = 1, *, greedy: bool = False) -> Program:
     """What a generation rank issues in one step; under attention dp also for the rows of others, as empty ones.
 
+    `groups` of rows are exchanged one after another; the sizes are those of one token.
     Only in several stages are the tokens told: the ranks of one stage gather the same logits, and choose the same. A
     `greedy` step, without a row to draw for, gathers no more than each rank's largest, and which token that is of.
     """
     return [
-        *_stage(plan, rank, exchange=True),
+        *_stage(plan, rank, exchanges=groups),
         *(_largest(plan, rank) if greedy else _logits(plan, rank)),
         *(_token(instance, instance.max_batch_size) if instance.pp > 1 else ()),
     ]
@@ -98,7 +100,7 @@ def traffic(plan: Plan, program: Program) -> dict[str, int]:
 # --- The phases, piece by piece ---------------------------------------------------------------------------------
 
 
-def _stage(plan: Plan, rank: Rank, *, exchange: bool) -> Iterator[Op]:
+def _stage(plan: Plan, rank: Rank, *, exchanges: int) -> Iterator[Op]:
     """Decoder._stage: embedding or the previous stage's output, this rank's layers, the next stage."""
     hidden = plan.model.arch.hidden_size * DTYPE_BYTES[plan.model.dtype]
     first, end = rank.layers
@@ -107,7 +109,7 @@ def _stage(plan: Plan, rank: Rank, *, exchange: bool) -> Iterator[Op]:
     else:
         yield Op("recv", (_neighbour(rank, -1), rank.rank), hidden, f"input of layer {first}")
     for layer in range(first, end):
-        if exchange:
+        for _ in range(exchanges):
             yield from _group("exchange", rank.groups.cp, _partials(plan, rank), f"layer {layer} partials")
         yield from _group("all_reduce", rank.groups.ffn_tp, hidden, f"layer {layer} o_proj")
         yield from _group("all_reduce", rank.groups.ffn_tp, hidden, f"layer {layer} FFN")
@@ -123,8 +125,8 @@ def _neighbour(rank: Rank, step: int) -> int:
 
 def _partials(plan: Plan, rank: Rank) -> int:
     """Bytes of one token's partials and their LSE: what the rank keeps included."""
-    heads = rank.q_heads[1] - rank.q_heads[0]
-    return heads * (plan.model.arch.partial_dim * DTYPE_BYTES[plan.model.dtype] + DTYPE_BYTES["float32"])
+    heads, width = rank.q_heads[1] - rank.q_heads[0], plan.model.arch.exchanged_dim(rank.exchange_space)
+    return heads * (width * DTYPE_BYTES[plan.model.dtype] + DTYPE_BYTES["float32"])
 
 
 def _logits(plan: Plan, rank: Rank) -> Iterator[Op]:

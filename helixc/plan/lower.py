@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helixc.model import is_builtin, native_dtype
+from helixc.plan.exchange_space import exchange_space
+from helixc.plan.hop import hop
 from helixc.plan.mapping import Mapping, stages
 from helixc.spec.spec import Hardware, RoleSpec, Spec
-from helixc_runtime.manifest import Dtype, KvDtype, Model, ModelArch, Range, Role, local_length
+from helixc_runtime.manifest import WITHOUT_HOP, Dtype, Hop, KvDtype, Model, ModelArch, Range, Role, Space, local_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,8 @@ class Layout:
     max_seq_len: int
     kv_capacity: int  # tokens of one rank's shard
     free_gpu_memory_fraction: float
+    exchange_space: Space
+    hop: Hop
 
     @property
     def attention_tp(self) -> int:
@@ -55,8 +59,8 @@ def lower(spec: Spec, arch: ModelArch) -> Deployment:
         kv_dtype=kv_dtype(spec.generation, dtype),
         arch=arch,
     )
-    context = _layout("context", spec.context, arch) if spec.context else None
-    generation = _layout("generation", spec.generation, arch)
+    context = _layout("context", spec.context, model, spec.hardware) if spec.context else None
+    generation = _layout("generation", spec.generation, model, spec.hardware)
     return Deployment(model, spec.generation.tokens_per_block, context, generation, spec.hardware)
 
 
@@ -72,7 +76,8 @@ def kv_tokens(batch: int, length: int, block: int, cp: int) -> int:
     return batch * -(-local_length(length, block, cp, 0) // block) * block
 
 
-def _layout(role: Role, spec: RoleSpec, arch: ModelArch) -> Layout:
+def _layout(role: Role, spec: RoleSpec, model: Model, hardware: Hardware) -> Layout:
+    arch = model.arch
     ranks = spec.tensor_parallel_size * spec.context_parallel_size
     moe_ep = 1  # of a model without experts, whatever the file says: HX203
     if arch.moe is not None:
@@ -80,6 +85,7 @@ def _layout(role: Role, spec: RoleSpec, arch: ModelArch) -> Layout:
     mapping = Mapping(spec.tensor_parallel_size, spec.context_parallel_size, spec.pipeline_parallel_size, moe_ep)
     max_seq_len = spec.max_seq_len or arch.max_position
     needed = kv_tokens(spec.max_batch_size, max_seq_len, spec.tokens_per_block, mapping.cp)
+    space = exchange_space(spec, arch, hardware)
     return Layout(
         role=role,
         num_instances=spec.num_instances,
@@ -90,4 +96,6 @@ def _layout(role: Role, spec: RoleSpec, arch: ModelArch) -> Layout:
         max_seq_len=max_seq_len,
         kv_capacity=needed if spec.max_tokens is None else min(needed, spec.max_tokens),
         free_gpu_memory_fraction=spec.free_gpu_memory_fraction,
+        exchange_space=space,
+        hop=WITHOUT_HOP if role == "context" else hop(spec, model, space, max_seq_len, hardware),
     )

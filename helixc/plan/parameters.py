@@ -11,7 +11,7 @@ from typing import Literal
 
 from helixc_runtime.manifest import Mla, ModelArch, Moe
 
-Axis = Literal["q_heads", "kv_heads", "out_heads", "ffn", "shared_ffn", "moe_ffn", "vocab"]
+Axis = Literal["q_heads", "kv_heads", "out_heads", "value_heads", "ffn", "shared_ffn", "moe_ffn", "vocab"]
 Stage = Literal["first", "last", "layer"]
 
 
@@ -94,12 +94,13 @@ def _mla(arch: ModelArch, mla: Mla, layers: tuple[int, ...]) -> Iterator[Paramet
     if arch.attention_bias:
         yield from _layer("kv_a_bias", "self_attn.kv_a_proj_with_mqa.bias", layers, kv_a)
     yield from _layer("kv_a_norm", "self_attn.kv_a_layernorm.weight", layers, latent)
-    # kv_b_proj viewed as [heads, nope + v, latent]: W_UK of the heads attended, W_UV of the heads held afterwards.
+    # kv_b_proj viewed as [heads, nope + v, latent]: W_UK of the heads attended, W_UV of those or of the heads held
+    # after the exchange.
     nope, width = mla.qk_nope_head_dim, mla.qk_nope_head_dim + mla.v_head_dim
     k_rows, v_rows = Dim(width, window=(0, nope)), Dim(width, window=(nope, width))
     kv_b = "self_attn.kv_b_proj.weight"
     yield from _layer("k_up", kv_b, layers, Dim(arch.num_heads, "q_heads"), k_rows, latent)
-    yield from _layer("v_up", kv_b, layers, Dim(arch.num_heads, "out_heads"), v_rows, latent)
+    yield from _layer("v_up", kv_b, layers, Dim(arch.num_heads, "value_heads"), v_rows, latent)
     yield from _output(arch, layers, mla.v_head_dim)
 
 

@@ -105,6 +105,7 @@ def _templates(deployment: Deployment, layout: Layout) -> list[Template]:
             q_heads=q,
             kv_heads=kv,
             out_heads=out,
+            exchange_space=layout.exchange_space,
             experts=expert_range(deployment.model.arch, layout, at),
             shard=0,
             memory=rank_memory(deployment.model, layout, own, layout.stages[at.pp], q, kv),
@@ -135,16 +136,18 @@ def rank_memory(
 
 def _workspace(model: Model, layout: Layout, heads: int) -> int:
     """Decode: split partials and their LSE in float32, then what is sent and received in the exchange, or its inboxes
-    in two halves, and the reduction's inboxes.
+    in two halves, partials that are not sent themselves, and the reduction's inboxes.
     """
     if layout.role == "context":
         return 0
-    rows, width = layout.max_batch_size * heads, model.arch.partial_dim
-    # The portable kernels' partials of every row, or Hopper's: two a multiprocessor, whatever the rows.
-    splits = max(MAX_SPLITS * rows, 2 * MAX_PROCESSORS * heads) * (width + 1) * 4
-    exchange = 2 * rows * (width * DTYPE_BYTES[model.dtype] + 4)
+    rows, width, size = layout.max_batch_size * heads, model.arch.partial_dim, DTYPE_BYTES[model.dtype]
+    exchanged = model.arch.exchanged_dim(layout.exchange_space)
+    # The portable kernels' partials of every row, or Hopper's: two a multiprocessor and group, whatever the rows.
+    splits = max(MAX_SPLITS * rows, layout.hop.groups * 2 * MAX_PROCESSORS * heads) * (width + 1) * 4
+    exchange = 2 * rows * (exchanged * size + 4)
+    kept = rows * width * size if exchanged != width else 0
     inboxes = 2 * layout.mapping.ffn_tp * _one_shot_rows(model, layout) * model.arch.hidden_size
-    return splits + exchange + inboxes * DTYPE_BYTES[model.dtype]
+    return splits + exchange + kept + inboxes * size
 
 
 def _one_shot_rows(model: Model, layout: Layout) -> int:
@@ -179,6 +182,7 @@ def _instance(deployment: Deployment, layout: Layout, index: int, first: int, st
         free_gpu_memory_fraction=layout.free_gpu_memory_fraction,
         exchange="one_sided" if share_hosts(mapping.cp) else "collective",
         reduce_rows=_one_shot_rows(deployment.model, layout) if share_hosts(mapping.ffn_tp) else 0,
+        hop=layout.hop,
     )
 
 

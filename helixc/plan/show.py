@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from helixc.diagnostics import counted
 from helixc.table import aligned, byte_size
-from helixc_runtime.manifest import Instance, Memory, Model, Plan, Range, Rank
+from helixc_runtime.manifest import Hop, Instance, Memory, Model, ModelArch, Plan, Range, Rank
 
 _HEAD = (
     *("rank", "node:gpu", "pp tp cp", "layers", "q heads", "kv heads", "tp group", "cp group", "pp group"),
@@ -55,7 +55,7 @@ def _role(plan: Plan, instances: Sequence[Instance]) -> Iterator[str]:
     yield f"  ffn        the same ranks as pp {first.pp} x tp {first.tp * first.cp}{_moe(plan.model, first)}"
     if first.cp > 1:
         yield f"  KV         block j ({plan.tokens_per_block} tokens) of a request belongs to cp rank j % {first.cp}"
-    yield from _transports(first)
+    yield from _transports(plan, first)
     yield f"  batch      at most {first.max_batch_size} requests of at most {first.max_seq_len:,} tokens"
     ranks = [plan.ranks[r] for r in first.ranks]
     columns = list(zip(_HEAD, *map(_row, ranks), strict=True))
@@ -67,15 +67,35 @@ def _role(plan: Plan, instances: Sequence[Instance]) -> Iterator[str]:
         yield f"  the other {len(instances) - 1} of them alike: {others}"
 
 
-def _transports(instance: Instance) -> Iterator[str]:
+def _transports(plan: Plan, instance: Instance) -> Iterator[str]:
     """How a decode step's ranks exchange and sum, where there are several."""
     ways = []
     if instance.cp > 1:
-        ways.append(f"exchange {'one-sided' if instance.exchange == 'one_sided' else 'by all-to-all'}")
+        way = "one-sided" if instance.exchange == "one_sided" else "by all-to-all"
+        ways.append(f"exchange {way}{_space(plan.model.arch, plan.ranks[instance.ranks[0]])}")
     if instance.tp * instance.cp > 1:
         ways.append(f"sums {_sums(instance)}")
     if ways and instance.role == "generation":
         yield f"  on GPUs    {'; '.join(ways)}"
+    if instance.hop.reason:
+        yield f"  HOP-B      {_hop(instance.hop)}"
+
+
+def _hop(hop: Hop) -> str:
+    if hop.groups == 1:
+        return f"off: {hop.reason}"
+    left = f"{hop.processors} multiprocessors left to the exchange"
+    return f"from {counted(hop.rows, 'row')} on in {hop.groups} groups, {left}: {hop.reason}"
+
+
+def _space(arch: ModelArch, rank: Rank) -> str:
+    """What latent attention exchanges, and what that saves."""
+    if arch.mla is None:
+        return ""
+    if rank.exchange_space == "value":
+        return f" after W_UV, {arch.mla.v_head_dim} columns a head instead of {arch.partial_dim}"
+    attended, held = (hi - lo for lo, hi in (rank.q_heads, rank.out_heads))
+    return f" in latent space, W_UV read of {counted(held, 'head')} instead of {attended}"
 
 
 def _sums(instance: Instance) -> str:

@@ -16,7 +16,7 @@ from itertools import product, zip_longest
 from helixc.plan.alike import distinct, label, members
 from helixc.plan.collectives import by_request
 from helixc.plan.contributions import not_once
-from helixc_runtime.manifest import Instance, ModelArch, Piece, Plan, Range, Rank, split
+from helixc_runtime.manifest import Instance, Mla, ModelArch, Piece, Plan, Range, Rank, split
 
 Slices = dict[str, Piece]  # what one rank computes one layer with, by the runtime's name
 Meaning = tuple[str, tuple[int, ...], tuple[int, ...] | None]  # of a weight's name: tensor, shape and layers
@@ -212,6 +212,9 @@ def _attention(plan: Plan, workers: Sequence[Worker], reads: dict[int, list[Read
             if kv_head is not None and head // group_size != kv_head:
                 yield f"rank {rank.rank}: head {head} attends KV head {kv_head}, not {head // group_size}"
         yield from _products(arch, worker, [head for head, _ in received])
+        if arch.mla:
+            multiplied = reads[rank.rank] if rank.exchange_space == "value" else received
+            yield from _values(arch.mla, worker, [head for head, _ in multiplied])
         products += [(head, head + 1) for head, _ in received]
     if fault := not_once(products, (0, arch.num_heads)):
         yield f"attention: heads {fault} in the sum of o_proj over ranks {[w.rank.rank for w in workers]}"
@@ -244,20 +247,22 @@ def _heads(reads: Sequence[Read]) -> str:
 
 
 def _products(arch: ModelArch, worker: Worker, heads: Sequence[int]) -> Iterator[str]:
-    """Each held head is multiplied with the rows of W_UV and o_proj that belong to it."""
+    """Each held head is multiplied with the rows of o_proj that belong to it."""
     width = arch.mla.v_head_dim if arch.mla else arch.head_dim
     first, end = worker.rows("o", 1)
     if [first + slot * width for slot in range(len(heads))] != [head * width for head in heads]:
         yield f"rank {worker.rank.rank}: heads {list(heads)} meet o_proj rows from {first} on"
     elif end - first != len(heads) * width:
         yield f"rank {worker.rank.rank}: {len(heads)} heads of {width} meet {end - first} o_proj rows"
-    if arch.mla:
-        nope = arch.mla.qk_nope_head_dim
-        if list(range(*worker.rows("v_up"))) != list(heads):
-            yield f"rank {worker.rank.rank}: heads {list(heads)} meet heads {worker.rows('v_up')} of W_UV"
-        windows = worker.rows("k_up", 1), worker.rows("v_up", 1)
-        if windows != ((0, nope), (nope, nope + width)):
-            yield f"rank {worker.rank.rank}: W_UK and W_UV are rows {windows} of a head in kv_b_proj"
+
+
+def _values(mla: Mla, worker: Worker, heads: Sequence[int]) -> Iterator[str]:
+    """Each of `heads`, of the partials before or after the exchange, is multiplied with its own rows of W_UV."""
+    if list(range(*worker.rows("v_up"))) != list(heads):
+        yield f"rank {worker.rank.rank}: heads {list(heads)} meet heads {worker.rows('v_up')} of W_UV"
+    windows, nope = (worker.rows("k_up", 1), worker.rows("v_up", 1)), mla.qk_nope_head_dim
+    if windows != ((0, nope), (nope, nope + mla.v_head_dim)):
+        yield f"rank {worker.rank.rank}: W_UK and W_UV are rows {windows} of a head in kv_b_proj"
 
 
 def _mlp(workers: Sequence[Worker], name: str, size: int) -> Iterator[str]:

@@ -15,6 +15,7 @@ from helixc.plan.alike import label as _label
 from helixc.plan.alike import members as _members
 from helixc.plan.collectives import collectives
 from helixc.plan.simulate import simulate
+from helixc_runtime.attention_shape import MAX_PROCESSORS
 from helixc_runtime.manifest import (
     Groups,
     Instance,
@@ -174,11 +175,23 @@ def _transports(plan: Plan) -> Iterator[str]:
             yield f"{_label(instance)}: only decode steps are one-sided"
         if not 0 <= instance.reduce_rows <= instance.max_batch_size:
             yield f"{_label(instance)}: sums of {instance.reduce_rows} rows, batches of {instance.max_batch_size}"
+        yield from _hop(instance)
         for rank in _members(plan, instance):
             for name in (name for name, one_sided in kinds.items() if one_sided):
                 group = [plan.ranks[member] for member in getattr(rank.groups, name)]
                 if len(group) == 1 or len({member.node for member in group}) > 1:
                     yield f"rank {rank.rank}: one-sided in the {name} group {[member.rank for member in group]}"
+
+
+def _hop(instance: Instance) -> Iterator[str]:
+    """Rows in groups are exchanged, and no group is empty: a message must be sent to be answered."""
+    hop = instance.hop
+    if hop.groups > 1 and (instance.role != "generation" or instance.cp == 1):
+        yield f"{_label(instance)}: {hop.groups} groups of rows, and no exchange"
+    if not 1 <= hop.groups <= hop.rows <= instance.max_batch_size:
+        yield f"{_label(instance)}: {hop.groups} groups of {hop.rows} rows, batches of {instance.max_batch_size}"
+    if not 0 <= hop.processors < MAX_PROCESSORS:
+        yield f"{_label(instance)}: {hop.processors} multiprocessors left to the exchange"
 
 
 # --- Heads and KV -----------------------------------------------------------------------------------------------
@@ -187,7 +200,7 @@ def _transports(plan: Plan) -> Iterator[str]:
 def _exchange(plan: Plan) -> Iterator[str]:
     """cp ranks share their query heads and split them, in cp order, into what each holds after the exchange.
 
-    That slice must be the row shard of o_proj (and W_UV's) that the rank owns.
+    That slice must be the row shard of o_proj that the rank owns; W_UV's heads are those where it is multiplied.
     """
     arch = plan.model.arch
     v_dim = arch.mla.v_head_dim if arch.mla else arch.head_dim
@@ -195,15 +208,18 @@ def _exchange(plan: Plan) -> Iterator[str]:
         group = [plan.ranks[r] for r in rank.groups.cp]
         if any(r.q_heads != rank.q_heads or r.kv_heads != rank.kv_heads for r in group):
             yield f"rank {rank.rank}: its cp group does not share query and KV heads"
+        if any(r.exchange_space != rank.exchange_space for r in group):
+            yield f"rank {rank.rank}: its cp group exchanges in spaces {[r.exchange_space for r in group]}"
         slices = [r.out_heads for r in group]
         if not _tiles(slices, rank.q_heads[1], rank.q_heads[0]) or len({hi - lo for lo, hi in slices}) != 1:
             yield f"rank {rank.rank}: head slices {slices} after the exchange do not split {rank.q_heads} evenly"
         lo, hi = rank.out_heads
+        multiplied = rank.q_heads if rank.exchange_space == "value" else rank.out_heads
         for piece in plan.shards[rank.shard]:
             if piece.name == "o" and piece.box[1] != (lo * v_dim, hi * v_dim):
                 yield f"rank {rank.rank}: o_proj rows {piece.box[1]}, but it holds heads {rank.out_heads}"
-            if piece.name == "v_up" and piece.box[0] != rank.out_heads:
-                yield f"rank {rank.rank}: W_UV heads {piece.box[0]}, but it holds heads {rank.out_heads}"
+            if piece.name == "v_up" and piece.box[0] != multiplied:
+                yield f"rank {rank.rank}: W_UV heads {piece.box[0]}, but it multiplies heads {multiplied}"
 
 
 def _kv_heads(plan: Plan) -> Iterator[str]:
@@ -291,7 +307,7 @@ def _weight(plan: Plan, name: str, instance: Instance, holders: list[tuple[Rank,
                 yield f"rank {rank.rank} loads layers outside {rank.layers}"
         if here[0][1].experts is not None:
             yield from _experts(plan, here)
-        axes = _axes(name, instance)
+        axes = _axes(name, instance, here[0][0])
         shards: dict[tuple[object, ...], set[tuple[Range, ...]]] = defaultdict(set)
         for rank, piece in here:
             shards[tuple(getattr(rank, axis) for axis in axes)].add(piece.box)
@@ -300,8 +316,10 @@ def _weight(plan: Plan, name: str, instance: Instance, holders: list[tuple[Rank,
         yield from _covers(here[0][1], [next(iter(boxes)) for boxes in shards.values()], name)
 
 
-def _axes(name: str, instance: Instance) -> tuple[str, ...]:
+def _axes(name: str, instance: Instance, rank: Rank) -> tuple[str, ...]:
     axes = SHARDED_BY.get(name, ())
+    if name == "v_up" and rank.exchange_space == "value":
+        axes = _HEADS
     return tuple(axis for axis in axes if not (instance.attention_dp and axis == "tp_rank"))
 
 

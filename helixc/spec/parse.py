@@ -130,4 +130,6 @@ def _role(origins: Origins, role: Role, block: int) -> RoleSpec | None:
         kv_dtype=cache.dtype,
         max_tokens=cache.max_tokens,
         free_gpu_memory_fraction=cache.free_gpu_memory_fraction,
+        exchange_space=section.cp_config.exchange_space,
+        hop_groups=section.cp_config.hop_groups,
     )

@@ -10,6 +10,7 @@ MAX_SIZE = 65_536
 
 GpuName = Literal["h100", "h200", "b200", "gb200", "gb300"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+SpaceName = Literal["auto", "latent", "value"]
 KvDtypeName = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Tokens = Annotated[int, Field(ge=1, le=2**40)]
@@ -35,6 +36,14 @@ class CpConfig(Section):
     cp_type: str = Field(default="HELIX", description="the kind of context parallelism; HELIX is the only one")
     tokens_per_block: Size = Field(
         default=32, description="consecutive tokens that one cp rank owns; also the KV page size"
+    )
+    exchange_space: SpaceName = Field(
+        default="auto",
+        description="latent attention's exchange: of latents, or of values, after W_UV; auto is what should be faster",
+    )
+    hop_groups: Size | None = Field(
+        default=None,
+        description="HOP-B: groups of rows, each exchanged while the next is attended; 1 is off; estimated if absent",
     )
 
 

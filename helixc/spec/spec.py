@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from helixc_runtime.manifest import Dtype
+from helixc_runtime.manifest import Dtype, Space
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,8 @@ class RoleSpec:
     kv_dtype: Dtype | Literal["auto", "fp8"]
     max_tokens: int | None  # KV tokens one rank holds
     free_gpu_memory_fraction: float
+    exchange_space: Space | Literal["auto"]
+    hop_groups: int | None  # 1: HOP-B is off
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,11 +52,14 @@ class Attend(Protocol):
 
 
 def make_attend(
-    shape: AttentionShape, kernels: Mapping[str, Kernel], loaded: Mapping[str, LoadedKernel], device: torch.device
+    shape: AttentionShape,
+    kernels: Mapping[str, Kernel],
+    loaded: Mapping[str, LoadedKernel],
+    processors: int,
+    device: torch.device,
 ) -> Attend:
-    """The way that the kernels at hand, by template, allow. Raises ValueError if none is whole."""
+    """The way that the kernels at hand, by template, allow, on so many multiprocessors. ValueError if none is whole."""
     chosen = {template: (kernel, loaded[kernel.name]) for template, kernel in kernels.items()}
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
     for template, attend in (("mla_partial", HopperMla), ("mla_fp8_partial", HopperMlaFp8)):
         if {"mla_schedule", template, "mla_merge"} <= chosen.keys():
             return attend(shape, chosen[template], chosen, processors, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from helixc_runtime.manifest import Dtype, KvDtype, Model, Range, Rank, scale_bytes
+from helixc_runtime.manifest import Dtype, KvDtype, Model, Range, Rank, Space, scale_bytes
 
 LATENT_NORM_EPS = 1e-6  # of q_a and kv_a norms: fixed in the published models, whatever rms_norm_eps says
 MAX_SPLITS = 64  # split-KV partials of one row, of the portable kernels
@@ -32,6 +32,7 @@ class AttentionShape:
     query_tokens: int = 1  # new tokens a row attends with at once
     qk_norm: bool = False  # GQA: an RMSNorm of each query and key head. MLA always norms its latent
     norm_eps: float = 1e-6  # of that norm
+    value_dim: int | None = None  # columns of a partial's head after W_UV, if it is exchanged so
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
@@ -48,6 +49,11 @@ class AttentionShape:
         return self.partial_dim != self.head_dim
 
     @property
+    def exchanged_dim(self) -> int:
+        """Columns of a partial's head as the cp ranks exchange and combine it."""
+        return self.partial_dim if self.value_dim is None else self.value_dim
+
+    @property
     def scale_bytes(self) -> int:
         """Of the scale of one cached token and KV head: 0 unless the cache is FP8."""
         return scale_bytes(self.kv_dtype)
@@ -60,11 +66,11 @@ class AttentionShape:
 
 def attention_shape(model: Model, rank: Rank, block: int) -> AttentionShape:
     """The shape of `rank` in a deployment with `block` tokens a page."""
-    return shape_of_heads(model, rank.q_heads, rank.kv_heads, block)
+    return shape_of_heads(model, rank.q_heads, rank.kv_heads, rank.exchange_space, block)
 
 
-def shape_of_heads(model: Model, q_heads: Range, kv_heads: Range, block: int) -> AttentionShape:
-    """The shape of a rank with these heads."""
+def shape_of_heads(model: Model, q_heads: Range, kv_heads: Range, space: Space, block: int) -> AttentionShape:
+    """The shape of a rank with these heads, which exchanges in `space`."""
     arch = model.arch
     return AttentionShape(
         heads=q_heads[1] - q_heads[0],
@@ -79,4 +85,5 @@ def shape_of_heads(model: Model, q_heads: Range, kv_heads: Range, block: int) ->
         kv_dtype=model.kv_dtype,
         qk_norm=arch.qk_norm,
         norm_eps=LATENT_NORM_EPS if arch.mla else arch.norm_eps,
+        value_dim=arch.mla.v_head_dim if arch.mla and space == "value" else None,
     )

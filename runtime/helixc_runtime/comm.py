@@ -41,10 +41,12 @@ class Comm(Protocol):
         """The exchanges and reductions from here to end_step are those of one decode step."""
         ...
 
-    def exchange(self, partial: Partial, ops: Ops, what: str) -> Tensor:
+    def exchange(self, partial: Partial, ops: Ops, what: str, out: Tensor | None = None) -> Tensor:
         """Attention over the KV of all cp ranks, of the heads that this rank keeps: partial [B, H, P] -> [B, H / C, P].
 
-        `ops` merges what no kernel merges as it arrives. `what`, such as "layer 3 partials", is for errors.
+        `ops` merges what no kernel merges as it arrives. `what`, such as "layer 3 partials", is for errors. `out` is
+        filled and returned, if given: some rows of a batch whose other rows may be attended meanwhile. The exchanges of
+        a rank must not overlap each other, on whatever streams they are.
         """
         ...
 
@@ -140,9 +142,10 @@ class TorchComm:
 
     def check(self) -> None: ...
 
-    def exchange(self, partial: Partial, ops: Ops, what: str) -> Tensor:
+    def exchange(self, partial: Partial, ops: Ops, what: str, out: Tensor | None = None) -> Tensor:
         received = self.all_to_all(partial)
-        return ops.combine(received.o, received.lse).o
+        merged = ops.combine(received.o, received.lse).o
+        return merged if out is None else out.copy_(merged)
 
     def reduce(
         self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None, ops: Ops, what: str

@@ -24,7 +24,7 @@ from helixc_runtime.ffn_shape import ffn_shape
 from helixc_runtime.handoff import DistTransport, Sending, outgoing, pack, receive
 from helixc_runtime.job import Job, Request
 from helixc_runtime.kv import KvCache, Row, pages_needed
-from helixc_runtime.manifest import Instance, Plan, Rank
+from helixc_runtime.manifest import WITHOUT_HOP, Instance, Plan, Rank
 from helixc_runtime.models.decoder import Decoder
 from helixc_runtime.ops import Ops
 from helixc_runtime.ops_torch import TorchOps
@@ -132,7 +132,8 @@ def load_decoder(plan: Plan, rank: Rank, comm: Comm, device: torch.device, emit:
 
     weights = load_weights(plan.model, plan.shards[rank.shard], device, progress)
     dtype = getattr(torch, plan.model.dtype)
-    return Decoder(plan.model.arch, rank, weights, comm, device, dtype)
+    hop = plan.instance_of(rank).hop if rank.role == "generation" else WITHOUT_HOP  # the reference has no instance
+    return Decoder(plan.model.arch, rank, weights, comm, device, dtype, hop)
 
 
 def make_ops(artifact: Artifact, rank: Rank, device: torch.device, emit: Emitter) -> Ops:
@@ -150,7 +151,7 @@ def _device_ops(artifact: Artifact, rank: Rank, device: torch.device, emit: Emit
 
     emit.emit("stage", stage="kernels", done=0, total=len(rank.kernels))
     kernels = [kernel for kernel in artifact.plan.kernels if kernel.name in rank.kernels]
-    return CudaOps(shape, kernels, artifact.directory, device, ffn)
+    return CudaOps(shape, kernels, artifact.directory, device, ffn, artifact.plan.instance_of(rank).hop)
 
 
 # --- Context ----------------------------------------------------------------------------------------------------

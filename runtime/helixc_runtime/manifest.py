@@ -24,6 +24,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 KvDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]  # float8: with scales, see quantize.py
 Role = Literal["context", "generation"]
 Transport = Literal["one_sided", "collective"]
+Space = Literal["latent", "value"]  # of partials: before or after W_UV. GQA's are values
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
@@ -146,8 +147,12 @@ class ModelArch:
 
     @property
     def partial_dim(self) -> int:
-        """Width of a partial: the latent for MLA (exchange before W_UV), else head_dim."""
+        """Width of a partial: the latent for MLA, else head_dim."""
         return self.mla.kv_lora_rank if self.mla else self.head_dim
+
+    def exchanged_dim(self, space: Space) -> int:
+        """Width of a partial as the cp ranks exchange it."""
+        return self.mla.v_head_dim if self.mla and space == "value" else self.partial_dim
 
     @property
     def kv_width(self) -> int:
@@ -195,6 +200,19 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class Hop:
+    """HOP-B: the rows of a decode step in groups, and the exchange of each under the attention of the next."""
+
+    groups: int  # 1: off
+    rows: int  # of a batch, padding included: smaller ones are not split
+    processors: int  # of a GPU, that the attention of all groups but the first leaves to the exchange
+    reason: str  # for people
+
+
+WITHOUT_HOP = Hop(1, 1, 0, "")
+
+
+@dataclass(frozen=True, slots=True)
 class Instance:
     """One model replica. `ranks` are global; max_seq_len counts prompt and generated tokens of one request.
 
@@ -216,6 +234,7 @@ class Instance:
     free_gpu_memory_fraction: float
     exchange: Transport  # in the cp groups
     reduce_rows: int  # decode batches up to this are summed in the ffn_tp groups one-sidedly, larger ones collectively
+    hop: Hop
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +281,7 @@ class Rank:
     q_heads: Range  # attended before the exchange
     kv_heads: Range
     out_heads: Range  # held after the exchange; also the row shard of o_proj
+    exchange_space: Space  # MLA: W_UV is of out_heads if latent, of q_heads if value
     experts: Range | None
     shard: int
     memory: Memory

@@ -51,7 +51,8 @@ class OneSidedComm(TorchComm):
         self._exchange = self._reduce = self._argmax = None
         if instance.exchange == "one_sided":
             kernel = _find(chosen, "exchange", cp=instance.cp)
-            self._exchange = _Messages(self, kernel, "cp", instance.max_batch_size, artifact_dir)
+            grouped = instance.hop.groups > 1
+            self._exchange = _Messages(self, kernel, "cp", instance.max_batch_size, artifact_dir, in_order=grouped)
         if instance.reduce_rows:
             kernel = _find(chosen, "reduce", members=len(rank.groups.ffn_tp))
             self._reduce = _Messages(self, kernel, "ffn_tp", instance.reduce_rows, artifact_dir)
@@ -77,10 +78,10 @@ class OneSidedComm(TorchComm):
                 f"rank {self.rank.rank} waited {self._patience:g} s for rank {gone} in vain: {what}, decode step {step}"
             )
 
-    def exchange(self, partial: Partial, ops: Ops, what: str) -> Tensor:
+    def exchange(self, partial: Partial, ops: Ops, what: str, out: Tensor | None = None) -> Tensor:
         kind = self._exchange
         if kind is None:
-            return super().exchange(partial, ops, what)
+            return super().exchange(partial, ops, what, out)
         params, rows = kind.kernel.params, len(partial.o)
         heads, width = int(params["out_heads"]), int(params["partial_dim"])
         kind.expect(rows, o=partial.o)
@@ -88,9 +89,14 @@ class OneSidedComm(TorchComm):
         expect_shape("lse", partial.lse, (rows, heads * kind.members))
         if partial.lse.dtype != torch.float32 or not partial.lse.is_contiguous():
             raise ValueError(f"lse is {partial.lse.dtype}, or not contiguous, expected float32")
-        out = torch.empty(rows, heads, width, dtype=partial.o.dtype, device=partial.o.device)
+        early = out is None  # else the attention of other rows shall have its thread blocks before
+        if out is None:
+            out = torch.empty(rows, heads, width, dtype=partial.o.dtype, device=partial.o.device)
+        expect_shape("out", out, (rows, heads, width))
+        kind.expect(rows, out=out)
         warps = int(params["threads"]) // _WARP
-        kind.launch(-(-rows * heads // warps), (out, *partial), (rows, kind.rows), self._call("cp", what))
+        sizes = (rows, kind.rows)
+        kind.launch(-(-rows * heads // warps), (out, *partial), sizes, self._call("cp", what), early=early)
         return out
 
     def reduce(
@@ -130,23 +136,36 @@ class OneSidedComm(TorchComm):
 class _Messages:
     """One kind of messages of a rank: its kernel, the group's inboxes, and how many there have been."""
 
-    def __init__(self, comm: OneSidedComm, kernel: Kernel, group: GroupName, rows: int, artifact_dir: Path) -> None:
-        """`rows`: the most of a message."""
+    def __init__(
+        self,
+        comm: OneSidedComm,
+        kernel: Kernel,
+        group: GroupName,
+        rows: int,
+        artifact_dir: Path,
+        *,
+        in_order: bool = False,
+    ) -> None:
+        """`rows`: the most of a message. `in_order`: some launches shall not be early."""
         ranks = getattr(comm.rank.groups, group)
         self.kernel, self.rows, self.members = kernel, rows, len(ranks)
         self.sent = 0  # in this step
         self._comm, self._index = comm, ranks.index(comm.rank.rank)
         self._device, self._dtype = comm._device, getattr(torch, str(kernel.params["dtype"]))
-        self._loaded = load_kernel(kernel, artifact_dir, self._device)
+        self._early = load_kernel(kernel, artifact_dir, self._device)
+        self._in_order = load_kernel(kernel, artifact_dir, self._device, early=False) if in_order else self._early
         self.progress = torch.zeros(2, dtype=torch.int32, device=self._device)  # Progress of inbox.cuh
         size = inbox_bytes(kernel, rows)
         self._inboxes = open_inboxes(size, group, self.members, self._index, comm, self._device)
 
-    def launch(self, blocks: int, tensors: Sequence[Tensor | None], sizes: tuple[int, ...], call: int) -> None:
-        """Send this rank's message and take in the others'."""
+    def launch(
+        self, blocks: int, tensors: Sequence[Tensor | None], sizes: tuple[int, ...], call: int, *, early: bool = True
+    ) -> None:
+        """Send this rank's message and take in the others'. `early`: the launch, but for its work, may overtake."""
         group = (self._inboxes, self.progress, self._comm._status)
         numbers = (int(self._comm._patience * 1e9), self._index, self.sent, call)
-        self._loaded.launch((blocks, 1, 1), *map(address, (*tensors, *group)), *numbers, *sizes)
+        loaded = self._early if early else self._in_order
+        loaded.launch((blocks, 1, 1), *map(address, (*tensors, *group)), *numbers, *sizes)
         self.sent += 1
 
     def expect(self, rows: int, **tensors: Tensor | None) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
+
+from helixc_runtime.manifest import split
 
 if TYPE_CHECKING:
     from helixc_runtime.kv import KvCache
@@ -57,6 +60,23 @@ class DecodeBatch:
     lengths: Tensor  # [N] int32, local tokens to attend, the new ones up to this included where owned; rises in a row
     owned: Tensor  # [N] uint8, 1 where this rank stores the new token's K/V
     slots: Tensor  # [N] int64, page * block + offset of the new token; read only where owned
+    group: int = 0  # which of its step's groups of rows this is
+
+    def in_groups(self, groups: int) -> Iterator[DecodeBatch]:
+        """The rows in so many runs, in order, whose numbers of rows differ by one at most."""
+        tokens, rows = len(self.lengths), len(self.page_table)
+        for group in range(groups):
+            first, end = split(rows, groups, group)
+            own = slice(first * tokens // rows, end * tokens // rows)
+            yield DecodeBatch(
+                cos=self.cos[own],
+                sin=self.sin[own],
+                page_table=self.page_table[first:end],
+                lengths=self.lengths[own],
+                owned=self.owned[own],
+                slots=self.slots[own],
+                group=group,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +152,7 @@ class Ops(Protocol):
     def begin_step(self, batch: DecodeBatch) -> None:
         """Prepare a step: what depends on the lengths and pages alone, once for all layers.
 
+        Where rows are attended in groups, once for each group, instead: the groups of a step are prepared side by side.
         All tokens but those of this step's append must have been written before. `batch` must not change until the
         step's last layer is done. Inside a captured graph it is part of what is replayed, with the lengths of then.
         """

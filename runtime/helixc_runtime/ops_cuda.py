@@ -17,7 +17,7 @@ from helixc_runtime.ffn_cuda import EARLY as FFN_EARLY
 from helixc_runtime.ffn_cuda import CudaFfn
 from helixc_runtime.ffn_shape import FfnShape
 from helixc_runtime.kv import KvCache
-from helixc_runtime.manifest import Kernel
+from helixc_runtime.manifest import WITHOUT_HOP, Hop, Kernel
 from helixc_runtime.models.rotary import Rotary
 from helixc_runtime.ops import (
     DecodeBatch,
@@ -69,10 +69,11 @@ class CudaOps:
         artifact_dir: Path,
         device: torch.device,
         ffn: FfnShape | None = None,
+        hop: Hop = WITHOUT_HOP,
     ) -> None:
         """Load the cubins. Raises CubinError on a wrong architecture, ValueError if `kernels` do not serve `shape`.
 
-        Without the shape of the FFN, `ffn`, there is no mixture.
+        Without the shape of the FFN, `ffn`, there is no mixture. Steps have at most the groups of `hop`.
         """
         if device.type == "cuda" and device.index is None:  # tensors know their index, and are compared with this
             device = torch.device(device.type, torch.cuda.current_device())
@@ -95,13 +96,17 @@ class CudaOps:
         if "append" not in self._kernels:
             raise ValueError(f"the rank has no append kernel for {arch}")
         self._loaded = {kernel.name: load_kernel(kernel, artifact_dir, device) for kernel in (*chosen, *of_ffn)}
-        self._attend = make_attend(shape, self._kernels, self._loaded, device)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._processors = processors
+        # A group has its own schedule and scratch memory: its exchange may still read when the next attends.
+        self._attends = [
+            make_attend(shape, self._kernels, self._loaded, processors - (hop.processors if group else 0), device)
+            for group in range(hop.groups)
+        ]
         self._ffn = CudaFfn(ffn, of_ffn, self._loaded, processors, device)
         # Few tokens by the kernels, more by torch. Raise ValueError on a wrong shape, dtype, device or memory layout.
         self.linear, self.mlp, self.mixture = self._ffn.linear, self._ffn.mlp, self._ffn.mixture
-        self._step: DecodeBatch | None = None
+        self._steps: list[DecodeBatch | None] = [None] * hop.groups
 
     def make_batch(self, cache: KvCache, positions: Tensor, attends: Tensor, rotary: Rotary) -> DecodeBatch:
         """See Ops.make_batch. Raises ValueError on a wrong dtype, device, memory layout, or another model's angles."""
@@ -145,8 +150,8 @@ class CudaOps:
         """See Ops.begin_step. Raises ValueError on a wrong dtype, device or memory layout."""
         self._expect("int32", page_table=batch.page_table, lengths=batch.lengths)
         if len(batch.lengths):
-            self._attend.begin_step(batch)
-        self._step = batch
+            self._attends[batch.group].begin_step(batch)
+        self._steps[batch.group] = batch
 
     def append(self, new: Projections, cache: LayerCache, batch: DecodeBatch) -> Tensor:
         """See Ops.append. Raises ValueError on a wrong shape, dtype, device or memory layout."""
@@ -223,11 +228,11 @@ class CudaOps:
         self._expect(self.shape.kv_dtype, cache_k=cache.k, cache_v=cache.v)
         self._expect("uint8", k_scale=cache.k_scale, v_scale=cache.v_scale)
         _expect_aligned(cache_k=cache.k, cache_v=cache.v, k_scale=cache.k_scale, v_scale=cache.v_scale)
-        if self._step is not batch:
+        if self._steps[batch.group] is not batch:
             self.begin_step(batch)
-        out = self._empty_partial(len(q), self.shape.heads)
+        out = self._empty_partial(len(q), self.shape.heads, self.shape.partial_dim)
         if len(q):
-            self._attend.attend(q, cache, batch, out)
+            self._attends[batch.group].attend(q, cache, batch, out)
         return out
 
     def combine(self, o: Tensor, lse: Tensor) -> Partial:
@@ -239,7 +244,7 @@ class CudaOps:
         parts, rows, heads = lse.shape
         if parts not in self._combines:
             raise ValueError(f"no kernel combines {parts} partials, only {sorted(self._combines) or 'none'}")
-        out = self._empty_partial(rows, heads)
+        out = self._empty_partial(rows, heads, self.shape.exchanged_dim)
         if rows:
             kernel, count = self._combines[parts], rows * heads
             grid = combine_grid(kernel, count)
@@ -265,9 +270,9 @@ class CudaOps:
             self._loaded[kernel.name].launch((len(x), 1, 1), *map(address, pointers), *_NO_GROUP)
         return out, normed
 
-    def _empty_partial(self, rows: int, heads: int) -> Partial:
+    def _empty_partial(self, rows: int, heads: int, width: int) -> Partial:
         dtype: torch.dtype = getattr(torch, self.shape.dtype)
-        o = torch.empty(rows, heads, self.shape.partial_dim, dtype=dtype, device=self.device)
+        o = torch.empty(rows, heads, width, dtype=dtype, device=self.device)
         return Partial(o, torch.empty(rows, heads, dtype=torch.float32, device=self.device))
 
     def _launch_warps(self, kernel: Kernel, warps: int, *values: int) -> None:
@@ -309,12 +314,15 @@ class CudaOps:
             raise ValueError(f"{name} is on {tensor.device}, expected {self.device}")
 
 
-def load_kernel(kernel: Kernel, artifact_dir: Path, device: torch.device) -> LoadedKernel:
-    """`kernel` of the artifact, ready to launch. Raises CubinError, or ValueError if it was never compiled."""
+def load_kernel(kernel: Kernel, artifact_dir: Path, device: torch.device, *, early: bool = True) -> LoadedKernel:
+    """`kernel` of the artifact, ready to launch. Raises CubinError, or ValueError if it was never compiled.
+
+    Not `early`: it starts when the kernel before it has ended, even if it could wait itself.
+    """
     if kernel.cubin is None:
         raise ValueError(f"kernel {kernel.name} was planned but not compiled")
     arguments, threads = ARGUMENTS[kernel.template], int(kernel.params["threads"])
-    shared, early = int(kernel.params.get("dynamic_shared", 0)), kernel.template in _EARLY
+    shared, early = int(kernel.params.get("dynamic_shared", 0)), early and kernel.template in _EARLY
     described = (artifact_dir / kernel.cubin, kernel.name, arguments, threads, device, shared, early)
     switches = read_switches()
     return WatchedKernel(switches, *described) if switches.sync or switches.log_launches else LoadedKernel(*described)
@@ -322,8 +330,11 @@ def load_kernel(kernel: Kernel, artifact_dir: Path, device: torch.device) -> Loa
 
 def _check_kernel(kernel: Kernel, shape: AttentionShape) -> None:
     """Raise ValueError unless what the kernel was specialised on is what `shape` says."""
+    named: dict[str, object] = {"mla": shape.is_mla}
+    if kernel.template == "combine":
+        named["partial_dim"] = shape.exchanged_dim
     for name, value in kernel.params.items():
-        wanted = shape.is_mla if name == "mla" else getattr(shape, name, value)
+        wanted = named.get(name, getattr(shape, name, value))
         if value != wanted:
             raise ValueError(f"kernel {kernel.name} has {name} {value}, this rank needs {wanted}")
 

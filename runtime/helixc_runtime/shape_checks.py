@@ -83,7 +83,7 @@ def check_attend(shape: AttentionShape, q: Tensor, cache: LayerCache, batch: Dec
 
 def check_combine(shape: AttentionShape, o: Tensor, lse: Tensor) -> None:
     """Raise ValueError unless the arguments of Ops.combine fit `shape`."""
-    expect_shape("o", o, (None, None, None, shape.partial_dim))
+    expect_shape("o", o, (None, None, None, shape.exchanged_dim))
     expect_shape("lse", lse, tuple(o.shape[:3]))
     if o.shape[0] == 0:
         raise ValueError("combine needs at least one partial")

@@ -37,13 +37,17 @@ def check_layout(family: str, tp: int, cp: int, pp: int, folder: Path) -> Compar
     pick = random.Random(seed)
     ep = pick.choice([n for n in (1, 2, 3, 4, 6, 8) if tp * cp % n == 0]) if family in MOE else None
     block, context = pick.choice((4, 32)), role(tp=pick.choice((1, 2)), pp=pick.choice((1, 2)))
+    space = pick.choice(("latent", "value"))  # of latent attention's exchange
+    groups = pick.choice((1, 2, 3)) if cp > 1 else 1
     lengths = [1, pick.randint(2, 8), pick.randint(9, 64), pick.randint(65, 300)]
     checkpoint = make_checkpoint(family, folder / "checkpoint", seed=seed, layers=3)
-    plan = plan_of(str(checkpoint), context, role(tp=tp, cp=cp, pp=pp, ep=ep, block=block))
+    generation = role(tp=tp, cp=cp, pp=pp, ep=ep, block=block, exchange_space=space, hop_groups=groups)
+    plan = plan_of(str(checkpoint), context, generation)
     verify(plan)
     requests = [request(i, prompt) for i, prompt in enumerate(random_prompts(lengths, seed))]
     found = compare(checkpoint, plan, requests, folder)
-    assert found.exact, f"{found.difference=} {found.same_tokens=} {plan.name=} {block=} {lengths=} {seed=}"
+    drawn = f"{plan.name=} {block=} {space=} {groups=} {lengths=} {seed=}"
+    assert found.exact, f"{found.difference=} {found.same_tokens=} {drawn}"
     stored = sum(length + 63 for length in lengths)
     for instance in plan.instances[1:]:
         of_copy = {(r.pp_rank, r.tp_rank): 0 for r in plan.ranks}
@@ -76,9 +80,10 @@ def test_attention_data_parallelism(family: str, tmp_path: Path) -> None:
         ("llama", role(), role(cp=2, pp=2), {"tie_word_embeddings": True, "attention_bias": True}),
         ("qwen3", role(tp=2), role(cp=3), {"vocab_size": 265, "intermediate_size": 200, "attention_bias": True}),
         ("deepseek-v3-lite", role(tp=2), role(cp=2, ep=2), {"attention_bias": True, "q_lora_rank": 40}),
+        ("deepseek-v3-lite", role(), role(tp=2, cp=3, exchange_space="value"), {"v_head_dim": 40}),  # wider than latents
         ("llama", role(tp=3), role(cp=3), {"num_attention_heads": 3, "num_key_value_heads": 3}),
     ],
-    ids=["tp above kv heads", "one kv head, tied", "tied over two stages", "uneven shards", "q_lora with biases", "one head a rank"],
+    ids=["tp above kv heads", "one kv head, tied", "tied over two stages", "uneven shards", "q_lora with biases", "wide values", "one head a rank"],
 )
 def test_less_common_models(
     family: str, context: RoleSpec, generation: RoleSpec, overrides: dict[str, Any], tmp_path: Path
@@ -89,6 +94,36 @@ def test_less_common_models(
         plan = plan_of(str(checkpoint), context, generation)
         verify(plan)
         requests = [request(i, p, 16) for i, p in enumerate(random_prompts([3, 50, 9], seed))]
+        found = compare(checkpoint, plan, requests, folder)
+        assert found.exact, f"{found.difference=} {found.same_tokens=} {seed=}"
+        return found
+
+    drawn(check, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "groups", "cp", "sizes"),
+    [
+        ("llama", 2, 2, {"tp": 2, "kv_dtype": "float32"}),
+        ("qwen3", 3, 3, {}),
+        ("qwen3-moe", 2, 3, {"pp": 2}),
+        ("deepseek-v3-lite", 3, 2, {"exchange_space": "latent"}),
+        ("deepseek-v3-lite", 2, 3, {"exchange_space": "value", "ep": 3}),
+        ("llama", 3, 2, {"tp": 2, "dp": True}),
+    ],
+)
+def test_rows_in_groups(family: str, groups: int, cp: int, sizes: dict[str, Any], tmp_path: Path) -> None:
+    """HOP-B: as many groups as rows and fewer, rows without tokens on a rank, requests that come and go."""
+
+    def check(folder: Path) -> Comparison:
+        seed = random.randrange(2**31)
+        checkpoint = make_checkpoint(family, folder / "checkpoint", seed=seed, layers=2)
+        plan = plan_of(str(checkpoint), role(), role(cp=cp, batch=5, hop_groups=groups, **sizes))
+        verify(plan)
+        assert plan.instances[-1].hop.groups == groups
+        prompts = random_prompts([1, 33, 2, 3, 90, 7, 4, 26, 1], seed)
+        wanted = [20, 9, 14, 1, 5, 16, 7, 11, 3]
+        requests = [request(i, p, n) for i, (p, n) in enumerate(zip(prompts, wanted, strict=True))]
         found = compare(checkpoint, plan, requests, folder)
         assert found.exact, f"{found.difference=} {found.same_tokens=} {seed=}"
         return found

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from helixc.codegen.build import render_all
-from helixc.codegen.problem import problems
+from helixc.codegen.problem import exchange, problems
 from helixc_runtime import ops_cuda
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ops import LayerCache
-from helixc_runtime.ops_cuda import CudaOps
+from helixc_runtime.ops_cuda import ARGUMENTS, CudaOps, load_kernel
 from tests.driver.stub import Driver
 from tests.gpu.kernel_cases import Case, gqa, mla, random_case
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
 pytest.importorskip("cuda.bindings")
 
 CPU = torch.device("cpu")
-SHAPES = {"mla": mla(16, 32), "gqa": gqa(8, 2, 128, 32)}
+SHAPES = {"mla": mla(16, 32), "mla, values": replace(mla(16, 32), value_dim=128), "gqa": gqa(8, 2, 128, 32)}
 
 
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
@@ -95,8 +95,16 @@ def shifted(cache: LayerCache) -> LayerCache:
     return replace(cache, k=memory[1:].view(cache.k.shape))
 
 
+def test_a_combine_of_other_columns(driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of an exchange in latent space do not serve a rank that exchanges values."""
+    monkeypatch.setattr(ops_cuda, "check_arch", lambda arches, device: "sm_90a")
+    kernels = [source.config.planned() for source in render_all(problems(SHAPES["mla"], 2, "sm_90a"))]
+    with pytest.raises(ValueError, match="combine_cp2_p512_bf16 has partial_dim 512, this rank needs 128"):
+        CudaOps(SHAPES["mla, values"], kernels, tmp_path, CPU)
+
+
 def test_wrong_arguments_of_combine(ops: CudaOps, shape: AttentionShape, driver: Driver) -> None:
-    o, lse = torch.zeros(2, 3, 4, shape.partial_dim, dtype=torch.bfloat16), torch.zeros(2, 3, 4)
+    o, lse = torch.zeros(2, 3, 4, shape.exchanged_dim, dtype=torch.bfloat16), torch.zeros(2, 3, 4)
     ops.combine(o, lse)
     before = driver.launches
     for wrong_o, wrong_lse, message in (
@@ -110,3 +118,14 @@ def test_wrong_arguments_of_combine(ops: CudaOps, shape: AttentionShape, driver:
         with pytest.raises(ValueError, match=message):
             ops.combine(wrong_o, wrong_lse)
     assert driver.launches == before
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_an_exchange_beside_attention_waits_for_its_turn(early: bool, driver: Driver, tmp_path: Path) -> None:
+    """Launched early, it would have its thread blocks before the attention that it runs beside."""
+    kernel = render_all((exchange(SHAPES["gqa"], 2, "sm_90a"),))[0].config.planned()
+    (tmp_path / "any.cubin").write_bytes(b"any")
+    loaded = load_kernel(replace(kernel, cubin="any.cubin"), tmp_path, CPU, early=early)
+    driver.takes(ARGUMENTS["exchange"])
+    loaded.launch((1, 1, 1), *[0] * len(ARGUMENTS["exchange"]))
+    assert driver.record.attribute_count == early

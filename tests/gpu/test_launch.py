@@ -19,10 +19,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2,
     [
         ("deepseek-v3-lite", role(tp=2), role(cp=2, block=32)),
         ("deepseek-v3-lite", role(), role(tp=2, block=64, ep=2)),
+        ("deepseek-v3-lite", role(), role(cp=2, block=32, batch=4, hop_groups=2)),
+        ("llama-3.1-8b", role(), role(cp=2, block=32, batch=4, hop_groups=3)),
         ("llama-3.1-8b", role(tp=2), role(cp=2, block=32)),
         ("qwen3-235b-a22b", role(), role(cp=2, block=32)),
     ],
-    ids=["mla cp2", "mla tp2", "gqa cp2", "qwen3-moe cp2"],
+    ids=["mla cp2", "mla tp2", "mla cp2, 2 groups", "gqa cp2, 3 groups", "gqa cp2", "qwen3-moe cp2"],
 )
 def test_float32_equals_one_process(
     model: str, context: RoleSpec, generation: RoleSpec, tmp_path: Path, seed: int
@@ -33,9 +35,11 @@ def test_float32_equals_one_process(
     assert found["verify"]["first_difference"] is None
 
 
-def test_deepseek_v3_lite_in_bfloat16(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("groups", [1, 2])
+def test_deepseek_v3_lite_in_bfloat16(groups: int, tmp_path: Path, seed: int) -> None:
     """The whole model, `ctx tp2 / gen tp1 cp2`, random weights: within the stated bfloat16 tolerance."""
-    artifact = compiled(tmp_path / "artifact", "deepseek-v3-lite", None, "bfloat16", role(tp=2), role(cp=2, block=32))
+    generation = role(cp=2, block=32, batch=4, hop_groups=groups)
+    artifact = compiled(tmp_path / "artifact", "deepseek-v3-lite", None, "bfloat16", role(tp=2), generation)
     found = launch(artifact, [1, 7, 100, 400], 64, tmp_path, seed)
     assert found["metrics"]["handoff_bytes"] == 508 * 27 * 576 * 2
     assert sum(found["metrics"]["kv_tokens_per_rank"].values()) == 508 + 4 * 63

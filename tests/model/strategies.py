@@ -26,6 +26,7 @@ class Sizes:
     dp: bool = False
     instances: int = 1
     partition: tuple[int, ...] | None = None
+    space: str = "latent"  # of the exchange, for latent attention
 
 
 class Case:
@@ -100,16 +101,19 @@ def cases(draw: st.DrawFn, most: int = 96, context_most: int | None = None) -> C
     return Case(arch, draw(st.integers(1, 65)), context, generation)
 
 
+_spaces = st.sampled_from(("latent", "value"))
+
+
 def _with(draw: st.DrawFn, sizes: Sizes, arch: ModelArch, *, dp: bool) -> Sizes:
     """The sizes with everything that depends on the model; without experts there is no expert parallelism."""
     partition = draw(partitions(arch.num_layers, sizes.pp))
     ep = sizes.ep if arch.moe else 1
-    return Sizes(sizes.tp, sizes.cp, sizes.pp, ep, dp, draw(st.integers(1, 3)), partition)
+    return Sizes(sizes.tp, sizes.cp, sizes.pp, ep, dp, draw(st.integers(1, 3)), partition, draw(_spaces))
 
 
 def _role(sizes: Sizes, block: int) -> Any:
     shape = {"tp": sizes.tp, "cp": sizes.cp, "pp": sizes.pp, "ep": sizes.ep, "dp": sizes.dp, "n": sizes.instances}
-    return role(**shape, pp_partition=sizes.partition, block=block)
+    return role(**shape, pp_partition=sizes.partition, block=block, exchange_space=sizes.space)
 
 
 def _common(sizes: list[int]) -> int:

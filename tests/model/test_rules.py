@@ -181,7 +181,7 @@ def rows(case: Case, seat: truth.Seat, sizes: Sizes) -> dict[str, dict[int, list
     if mla:
         up = list(range(mla.qk_nope_head_dim + mla.v_head_dim))
         found["k_up"] = {0: queries, 1: up[: mla.qk_nope_head_dim]}
-        found["v_up"] = {0: kept, 1: up[mla.qk_nope_head_dim :]}
+        found["v_up"] = {0: queries if sizes.space == "value" else kept, 1: up[mla.qk_nope_head_dim :]}
     ways = sizes.tp * cp
     inner = {"mlp": truth.cut(arch.intermediate_size, ways, seat.ffn)}
     if arch.moe:

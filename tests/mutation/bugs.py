@@ -1,7 +1,8 @@
 """Layout bugs, planted one at a time into a finished plan: those the field has shipped, and those one letter away.
 
-Three plans are damaged. "mla": latent attention, experts, two stages, two generation instances of 8 ranks after 4
+Four plans are damaged. "mla": latent attention, experts, two stages, two generation instances of 8 ranks after 4
 context ranks. "gqa": 8 KV heads re-split from tp 4 to tp 2, ranks 4 to 7 generate. "dp": attention data parallelism.
+"value": latent attention that exchanges values, ranks 2 to 5 generate.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def build(name: str) -> Plan:
         return plan_of("llama-3.1-8b", role(tp=4), role(tp=2, cp=2))
     if name == "dp":
         return plan_of("qwen3-235b-a22b", role(tp=2, dp=True), role(tp=2, cp=2, ep=2, dp=True))
-    return plan_of("deepseek-v3-lite", role(tp=2, pp=2), role(n=2, tp=2, cp=2, pp=2, ep=2))
+    if name == "value":
+        return plan_of("deepseek-v3-lite", role(tp=2), role(tp=2, cp=2, exchange_space="value"))
+    return plan_of("deepseek-v3-lite", role(tp=2, pp=2), role(n=2, tp=2, cp=2, pp=2, ep=2, exchange_space="latent"))
 
 
 def tp_innermost(_: Plan, rank: Rank) -> Rank:
@@ -184,6 +187,14 @@ HEADS = (
         on_pieces("o")(lambda r, p: shifted(p, 1, 128 if r.ffn_tp_rank < 3 else 0)),
     ),
     Bug("W_UV of the heads before the exchange", "step", on_pieces("v_up")(lambda r, p: boxed(p, 0, r.q_heads))),
+    Bug(
+        "values by W_UV of the heads after the exchange",
+        "step",
+        on_pieces("v_up")(lambda r, p: boxed(p, 0, r.out_heads)),
+        "value",
+    ),
+    Bug("values by the first tp rank's W_UV", "weights", on_pieces("v_up")(lambda r, p: boxed(p, 0, (0, 8))), "value"),
+    Bug("values from one rank and latents from the other", "exchange", on_rank(3, exchange_space="latent"), "value"),
     Bug("W_UK of the heads after the exchange", "step", on_pieces("k_up")(lambda r, p: boxed(p, 0, r.out_heads))),
     Bug("W_UK takes the rows of W_UV", "weight-windows", on_pieces("k_up")(lambda r, p: boxed(p, 1, (128, 256)))),
     Bug("W_UV starts one row late", "step", on_pieces("v_up")(lambda r, p: boxed(p, 1, (129, 256)))),

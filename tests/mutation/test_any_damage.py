@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
 from helixc.plan.verify import find_flaws
-from helixc_runtime.manifest import Groups, Instance, Plan, Rank
+from helixc_runtime.manifest import Groups, Instance, Plan, Rank, Space
 from tests.mutation.bugs import build
 
 many = settings(deadline=None, max_examples=250, suppress_health_check=list(HealthCheck))
@@ -23,10 +23,12 @@ _INSTANCE_FIELDS = ("ranks", "tp", "cp", "pp", "moe_tp", "moe_ep")
 
 
 def another(draw: st.DrawFn, value: Any) -> Any:
-    """A value of the same form, one of its numbers changed, dropped, repeated or moved."""
+    """A value of the same form, one of its numbers or names changed, dropped, repeated or moved."""
     if isinstance(value, Groups):
         name = draw(st.sampled_from([field.name for field in fields(Groups)]))
         return replace(value, **{name: another(draw, getattr(value, name))})
+    if isinstance(value, str):
+        return draw(st.sampled_from([space for space in get_args(Space) if space != value]))
     if isinstance(value, int):
         return value + draw(st.sampled_from((-2, -1, 1, 2)))
     assert isinstance(value, tuple)
@@ -66,6 +68,7 @@ def damaged_ranks(draw: st.DrawFn) -> Damaged:
     name = draw(st.sampled_from(_RANK_FIELDS))
     value = getattr(plan.ranks[at], name)
     assume(value is not None)
+    assume(name != "exchange_space" or len(plan.ranks[at].groups.cp) > 1)  # else nothing is exchanged
     event(name)
     other = another(draw, value)
     assume(other != value)

@@ -19,7 +19,7 @@ planted = cache(build)
 Record = Callable[[str, object], None]
 
 
-@pytest.mark.parametrize("name", ["mla", "gqa", "dp"])
+@pytest.mark.parametrize("name", ["mla", "gqa", "dp", "value"])
 def test_the_plan_itself_is_proven(name: str) -> None:
     assert find_flaws(planted(name)) == []
 

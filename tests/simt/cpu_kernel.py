@@ -28,6 +28,7 @@ from helixc_runtime import ops_cuda
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ffn_cuda import ARGUMENTS, CudaFfn
 from helixc_runtime.ffn_shape import FfnShape
+from helixc_runtime.manifest import WITHOUT_HOP, Hop
 
 _HERE = Path(__file__).parent
 _MACHINE = ("machine.cpp", "copy_engine.cpp", "tensor_cores.cpp")
@@ -150,6 +151,7 @@ def cpu_ops(
     idle: Collection[str] = (),
     more: Sequence[KernelSpec] = (),
     ffn_shape: FfnShape | None = None,
+    hop: Hop = WITHOUT_HOP,
 ) -> ops_cuda.CudaOps:
     """CudaOps whose kernels for `arch` run on the CPU, from the templates at `root`, for `processors` multiprocessors.
 
@@ -180,7 +182,7 @@ def cpu_ops(
         link.unlink(missing_ok=True)
         link.symlink_to(library)
         kernels.append(dataclasses.replace(planned, cubin=library.name))
-    return ops_cuda.CudaOps(shape, kernels, folder, torch.device("cpu"), ffn_shape)
+    return ops_cuda.CudaOps(shape, kernels, folder, torch.device("cpu"), ffn_shape, hop)
 
 
 def cpu_ffn(

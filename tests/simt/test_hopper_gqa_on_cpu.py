@@ -50,7 +50,7 @@ def hopper_ops(
 ) -> CudaOps:
     """CudaOps with Hopper's kernels of attend; its other kernels do nothing."""
     ops = cpu_ops(shape, 1, folder, monkeypatch, gpu, root, "sm_90a", idle=("append", "combine"))
-    assert isinstance(ops._attend, HopperGqa)
+    assert isinstance(ops._attends[0], HopperGqa)
     return ops
 
 

@@ -53,7 +53,7 @@ def hopper_ops(
 ) -> CudaOps:
     """CudaOps with Hopper's kernels of attend; its other kernels do nothing."""
     ops = cpu_ops(shape, 1, folder, monkeypatch, gpu, root, "sm_90a", idle=("append", "combine"))
-    assert isinstance(ops._attend, HopperMla)
+    assert isinstance(ops._attends[0], HopperMla)
     return ops
 
 

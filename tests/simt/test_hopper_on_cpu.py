@@ -102,8 +102,8 @@ def test_steps_share_the_workspace(name: str, tmp_path: Path, monkeypatch: pytes
         ops.begin_step(shared.batch)
         for _ in range(2):  # layers
             check_attend(ops, shared, BOUND)
-        if isinstance(ops._attend, HopperGqa):
-            for part in (ops._attend.part_o, ops._attend.part_lse):
+        if isinstance(ops._attends[0], HopperGqa):
+            for part in (ops._attends[0].part_o, ops._attends[0].part_lse):
                 assert (part.view(torch.int32) == -(1 << 31)).all(), "a word of the parts is not -0.0 again"
 
 

@@ -156,7 +156,7 @@ def test_steps_of_any_size(host: Host, tmp_path: Path, seed: int, monkeypatch: p
         ops = TorchOps(shape)
         for parts, summands, residual in work:
             own.begin_step()
-            merged = own.exchange(parts[rank.rank], ops, "partials")
+            merged = exchanged(own, parts[rank.rank], ops)
             first = own.reduce(summands[rank.rank].clone(), residual, bias, norm, ops, "o_proj")
             second = own.reduce(summands[rank.rank].clone(), None, None, None, ops, "FFN")
             tokens = own.argmax(first[0], rank.ffn_tp_rank * hidden, "tokens")
@@ -179,13 +179,27 @@ def test_steps_of_any_size(host: Host, tmp_path: Path, seed: int, monkeypatch: p
         assert max(map(relative_error, results[rank.rank], wanted)) <= 1e-5
 
 
+def exchanged(comm: Comm, partial: Partial, ops: TorchOps) -> Tensor:
+    """The rows one by one, as groups are, after all of them at once: the same."""
+    whole = comm.exchange(partial, ops, "partials")
+    out = torch.full_like(whole, torch.nan)
+    for row in range(len(out)):
+        rows = slice(row, row + 1)
+        comm.exchange(Partial(partial.o[rows], partial.lse[rows]), ops, "a group's partials", out[rows])
+    assert torch.equal(out, whole)
+    return out
+
+
 @pytest.mark.parametrize(
     ("family", "sizes", "keep_logits"),
     [
         ("llama", {"tp": 2, "cp": 2}, True),
         ("llama", {"cp": 3}, False),
-        ("deepseek-v3-lite", {"cp": 3, "ep": 3}, True),
+        ("deepseek-v3-lite", {"cp": 3, "ep": 3, "exchange_space": "latent"}, True),
+        ("deepseek-v3-lite", {"cp": 3, "ep": 3, "exchange_space": "value"}, True),
         ("deepseek-v3-lite", {"tp": 2, "cp": 2}, False),
+        ("llama", {"tp": 2, "cp": 2, "hop_groups": 2}, True),
+        ("deepseek-v3-lite", {"cp": 3, "ep": 3, "exchange_space": "latent", "hop_groups": 3}, False),
     ],
 )
 def test_a_deployment_computes_the_same(
@@ -201,7 +215,7 @@ def test_a_deployment_computes_the_same(
     plan, folder_of = with_kernels(make_plan(family, tmp_path, seed, **sizes), tmp_path)
     source = random.Random(seed)
     requests = tuple(
-        Request(i, tuple(source.randrange(VOCAB) for _ in range(3 + 8 * i)), 5, 0.0, 1.0, 0, True) for i in range(2)
+        Request(i, tuple(source.randrange(VOCAB) for _ in range(3 + 8 * i)), 5, 0.0, 1.0, 0, True) for i in range(3)
     )
     made: list[OneSidedComm] = []
 

@@ -53,6 +53,26 @@ def test_attention(tmp_path: Path) -> None:
     assert page.count("Peers: ") == 1 and "Peers: a peer 0.7, flashmla 1." in page
 
 
+def test_hop(tmp_path: Path) -> None:
+    same = {
+        "model": "deepseek-v3",
+        "layers": 8,
+        "transport": "one_sided",
+        "space": "latent",
+        "batch": 8,
+        "tokens": 65536,
+    }
+    rows = [
+        same | {"groups": 1, "step_us": 1234.5, "saved_us": 0.0, "estimated_us": 0.0},
+        same | {"groups": 2, "step_us": 1250.4, "saved_us": -1.99, "estimated_us": -8.06},
+    ]
+    write(tmp_path, "hop", **MACHINE, rows=rows)
+    page = report.page(tmp_path)
+    assert "### deepseek-v3, 8 layers" in page
+    assert "| one-sided, latents | 8x64k | 1 | 1234 | - | - |" in page
+    assert "| one-sided, latents | 8x64k | 2 | 1250 | -2.0 | -8.1 |" in page
+
+
 @pytest.mark.parametrize("ops", [("append",), ("combine",), ("append", "combine")])
 def test_steps(ops: tuple[str, ...], tmp_path: Path) -> None:
     times = {"ours_us": 2.11, "empty_us": 0.93, "floor_us": 0.318, "share": 0.151}

@@ -10,13 +10,25 @@ import pytest
 
 from helixc.codegen.build import render_all
 from helixc.codegen.config import configure
-from helixc.codegen.problem import attention, ffn, problems
+from helixc.codegen.problem import attention, exchange, ffn, problems
 from helixc.codegen.render import Renderer, RenderError
 from helixc.codegen.select import names_for, select
 from helixc.codegen.template_root import template_root
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ffn_shape import FfnShape
-from helixc_runtime.manifest import SCHEMA, Groups, Instance, Memory, Model, ModelArch, Plan, Rank, Role, Rope
+from helixc_runtime.manifest import (
+    SCHEMA,
+    WITHOUT_HOP,
+    Groups,
+    Instance,
+    Memory,
+    Model,
+    ModelArch,
+    Plan,
+    Rank,
+    Role,
+    Rope,
+)
 from tests.deployments import plan_of, role
 from tests.gpu.ffn_cases import QWEN3, V3, V3_LITE
 from tests.gpu.ffn_cases import ffn as mixture_of
@@ -181,14 +193,26 @@ def _rank(number: int, role: Role, q_heads: int, kv_heads: int) -> Rank:
     memory = Memory(0, 0, 0, 0, 0)
     coordinates = (0,) * 10
     return Rank(
-        number, role, *coordinates, alone, (0, 4), (8, 8 + q_heads), (2, 2 + kv_heads), (0, 1), None, 0, memory, ()
+        number,
+        role,
+        *coordinates,
+        alone,
+        (0, 4),
+        (8, 8 + q_heads),
+        (2, 2 + kv_heads),
+        (0, 1),
+        "value",
+        None,
+        0,
+        memory,
+        (),
     )
 
 
 def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     model = Model("m", None, "dummy", 0, "bfloat16", "bfloat16", _arch(32, 8))
-    context = Instance("context", 0, (0,), 1, 1, 1, 1, 1, False, 4, 128, 0.9, "collective", 0)
-    generation = Instance("generation", 0, (1, 2), 2, 2, 1, 4, 1, False, 4, 128, 0.9, "one_sided", 3)
+    context = Instance("context", 0, (0,), 1, 1, 1, 1, 1, False, 4, 128, 0.9, "collective", 0, WITHOUT_HOP)
+    generation = Instance("generation", 0, (1, 2), 2, 2, 1, 4, 1, False, 4, 128, 0.9, "one_sided", 3, WITHOUT_HOP)
     ranks = (_rank(0, "context", 32, 8), _rank(1, "generation", 16, 4), _rank(2, "generation", 16, 4))
     plan = Plan(SCHEMA, "p", model, 32, (context, generation), ranks, (), (), ranks[0], ())
     specs = select(plan, ("sm_90a", "sm_100a"))
@@ -270,6 +294,8 @@ def test_dims_no_kernel_serves() -> None:
         configure(problems(replace(gqa(2, 1, 64, 32), rope_dim=0), 1, "sm_90a")[0])
     with pytest.raises(ValueError, match="does not fit 49152 bytes of shared memory"):
         configure(problems(gqa(2, 1, 8192, 32), 1, "sm_90a")[1])
+    with pytest.raises(ValueError, match="exchange_cp2_h8_p20_bf16: 20 columns of 40 bytes are not a multiple of 16"):
+        configure(exchange(replace(mla(16, 32), value_dim=20), 2, "sm_90a"))
 
 
 def test_a_template_line_is_the_line_of_the_message() -> None:

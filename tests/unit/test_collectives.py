@@ -6,6 +6,7 @@ import random
 import secrets
 import threading
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from helixc.plan.rendezvous import Op, flaws
 from helixc_runtime import comm
 from helixc_runtime.comm import TorchComm
 from helixc_runtime.job import Request
-from helixc_runtime.manifest import Plan, Rank, local_length
+from helixc_runtime.manifest import Plan, Rank, local_length, split
 from tests.deployments import plan_of, role
 from tests.threads import Call, ThreadDist, calls_of
 
@@ -33,6 +34,7 @@ DEPLOYMENTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("deepseek-v2", {}, {"cp": 4, "ep": 4}),
     ("qwen3-moe", {"pp": 3}, {"tp": 4}),
     ("qwen3", {"dp": True, "tp": 2}, {"tp": 2, "cp": 2, "dp": True, "pp": 2}),
+    ("llama", {}, {"tp": 2, "cp": 3, "pp": 2, "hop_groups": 2}),
 ]
 
 
@@ -92,6 +94,31 @@ def test_every_rank_issues_what_was_derived(
             told = [made(op, 1) for op in admission(instance)]
             expected = [*told, *moves(plan, rank, prompt), *step, *step, *step, *told]
             assert recorded[rank.rank] == expected, rank.rank
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_groups_are_exchanged_one_after_another(groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four requests, of which the first steps have fewer: each step is what is derived of its padded size."""
+    folder = make_checkpoint("qwen3", tmp_path / "model", seed=secrets.randbelow(1000), layers=2)
+    plan = plan_of(str(folder), role(), role(cp=2, tp=2, batch=4, hop_groups=groups))
+    assert list(collectives(plan)) == []
+    recorded = calls_of(plan, tuple(request(i, 3 + 5 * i, 40) for i in range(4)), tmp_path, monkeypatch)
+    for rank in plan.ranks[1:]:
+        calls = [call for call in recorded[rank.rank] if call.kind not in ("broadcast", "take")]
+        steps = {rows: step_of(plan, rank, rows, groups if rows >= groups else 1) for rows in (1, 2, 4)}
+        seen = []
+        while calls:
+            seen.append(next(rows for rows, step in steps.items() if calls[: len(step)] == step))
+            del calls[: len(steps[seen[-1]])]
+        assert 4 in seen
+
+
+def step_of(plan: Plan, rank: Rank, rows: int, groups: int) -> list[Call]:
+    """The calls of a step of so many rows, in so many groups."""
+    found, sizes = [], cycle(hi - lo for lo, hi in (split(rows, groups, group) for group in range(groups)))
+    for op in decode_step(plan, plan.instance_of(rank), rank, groups, greedy=True):
+        found.append(made(op, next(sizes) if op.kind == "exchange" else rows))
+    return found
 
 
 def test_ranks_without_rows_take_part_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

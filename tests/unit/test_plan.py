@@ -7,11 +7,14 @@ import json
 import random
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from helixc.hardware import GPUS
 from helixc.model import read_model
 from helixc.plan.collectives import by_request, handoff
+from helixc.plan.exchange_space import exchange_space
 from helixc.plan.footprint import footprints
 from helixc.plan.lower import lower
 from helixc.plan.mapping import Mapping, stages
@@ -20,6 +23,7 @@ from helixc.plan.show import to_text
 from helixc.plan.verify import find_flaws
 from helixc.spec.spec import Hardware, RoleSpec
 from helixc_runtime.manifest import (
+    DTYPE_BYTES,
     ManifestError,
     global_position,
     local_length,
@@ -226,6 +230,66 @@ def test_ranks_of_one_host_are_one_sided(
     monkeypatch.setenv("HELIXC_COLLECTIVES", "1")
     _, instance = plan_of("qwen3-8b", role(), generation).instances
     assert (instance.exchange, instance.reduce_rows) == ("collective", 0)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cp", "fewest"),
+    [(None, 2, 19), ("h200", 8, 19), ("h100", 2, 30), ("b200", 2, 25), (None, 16, 4), ("gb200", 8, 4)],
+)
+def test_from_how_many_rows_values_are_exchanged(
+    gpu: str | None, cp: int, fewest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the 8 GPUs of a host, or 4 of gb200, the exchange is NCCL's."""
+    monkeypatch.delenv("HELIXC_COLLECTIVES", raising=False)
+    hardware = Hardware(None, GPUS[gpu].gpus_per_node if gpu else 8, False, gpu)
+
+    def chosen(model: str, **sizes: Any) -> str:
+        return exchange_space(role(cp=cp, **sizes), read_model(model), hardware)
+
+    for tp in (1, 4):
+        assert {chosen("deepseek-v3", tp=tp, batch=rows) for rows in (1, fewest - 1)} == {"latent"}
+        assert {chosen("deepseek-v3", tp=tp, batch=rows) for rows in (fewest, 4096)} == {"value"}
+    assert chosen("deepseek-v3", batch=fewest, exchange_space="latent") == "latent"
+    assert chosen("deepseek-v3", batch=1, exchange_space="value") == "value"
+    assert chosen("llama-3.1-8b", batch=1) == "value"
+
+
+@pytest.mark.parametrize(("tp", "cp", "dtype"), [(1, 2, "bfloat16"), (4, 8, "float32")])
+def test_the_choice_is_the_faster_one(tp: int, cp: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a rank's whole exchange and product, in bytes: heads, tp, cp and dtype cancel."""
+    monkeypatch.delenv("HELIXC_COLLECTIVES", raising=False)
+    arch, size, gpu = read_model("deepseek-v3"), DTYPE_BYTES[dtype], GPUS["h200"]
+
+    def seconds(space: str, rows: int) -> float:
+        attended, held = 128 // tp, 128 // tp // cp
+        width, heads = (512, held) if space == "latent" else (128, attended)
+        sent = rows * (attended - held) * (width * size + 4)
+        read = heads * (512 * 128 + rows * (512 + 128)) * size
+        return sent / (gpu.nvlink * 0.7) + read / (gpu.bandwidth * 0.7)
+
+    for rows in range(1, 100):
+        faster = min(("latent", "value"), key=lambda space: seconds(space, rows))
+        assert exchange_space(role(tp=tp, cp=cp, batch=rows), arch, Hardware(None, 8, False)) == faster
+
+
+def test_without_one_sided_kernels_values_pay_earlier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HELIXC_COLLECTIVES", "1")
+    plan = plan_of("deepseek-v3", None, role(cp=2, batch=4))
+    assert [rank.exchange_space for rank in plan.ranks] == ["value"] * 2
+    monkeypatch.delenv("HELIXC_COLLECTIVES")
+    plan = plan_of("deepseek-v3", None, role(cp=2, batch=4))
+    assert [rank.exchange_space for rank in plan.ranks] == ["latent"] * 2
+
+
+def test_values_take_all_of_w_uv() -> None:
+    """Its 64 heads of the other rank and, of a batch, partials beside the values; told in words."""
+    plans = [plan_of("deepseek-v3", None, role(cp=2, batch=4, exchange_space=space)) for space in ("latent", "value")]
+    latent, value = (plan.ranks[0].memory for plan in plans)
+    assert value.weights - latent.weights == 61 * 64 * 512 * 128 * 4
+    assert value.workspace - latent.workspace == 4 * 128 * (512 - 2 * (512 - 128)) * 4
+    texts = [to_text(plan) for plan in plans]
+    assert "exchange one-sided in latent space, W_UV read of 64 heads instead of 128;" in texts[0]
+    assert "exchange one-sided after W_UV, 128 columns a head instead of 512;" in texts[1]
 
 
 def test_instances_choose_for_themselves() -> None:

@@ -84,5 +84,9 @@ def test_what_is_sent_takes_the_link_s_time() -> None:
     )
     assert exchange is not None and (exchange.bytes, exchange.bound) == (3 * 32 * (512 * 2 + 4), "NVLink")
     assert exchange.seconds == exchange.bytes / 450e9
+    values = plan_of("deepseek-v3", max_seq_len=65536, cp=4, exchange_space="value")
+    exchange, combine = (roofline(values, kernel(values, name), None) for name in ("exchange", "combine"))
+    assert exchange is not None and exchange.bytes == 3 * 32 * (128 * 2 + 4)
+    assert combine is not None and combine.bytes == 5 * 32 * (128 * 2 + 4)
     assert alone is not None and (alone.bytes, alone.bound) == (4 * 7168 * 2, "memory")
     assert all_four is not None and (all_four.bytes, all_four.bound) == (3 * 7168 * 2, "NVLink")

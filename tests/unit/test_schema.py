@@ -50,8 +50,10 @@ def test_the_long_form() -> None:
     assert not findings and spec is not None and spec.context is not None
     assert (spec.model, spec.load_format, spec.dtype, spec.seed) == ("deepseek-v3-lite", "dummy", "bfloat16", 0)
     assert dataclasses.astuple(spec.hardware) == (1, 2, True, None)
-    assert spec.context == RoleSpec(1, 2, 1, 1, None, None, None, False, 16, 4096, 64, "auto", None, 0.8)
-    assert spec.generation == RoleSpec(1, 1, 1, 2, None, None, None, False, 4, None, 64, "auto", 8192, 0.8)
+    assert spec.context == RoleSpec(1, 2, 1, 1, None, None, None, False, 16, 4096, 64, "auto", None, 0.8, "auto", None)
+    assert spec.generation == RoleSpec(
+        1, 1, 1, 2, None, None, None, False, 4, None, 64, "auto", 8192, 0.8, "auto", None
+    )
 
 
 def test_the_short_form_means_the_long_form() -> None:
@@ -80,7 +82,9 @@ generation_servers:
 def test_defaults_and_absent_roles() -> None:
     spec = spec_of(f"{HEAD}parallelism: gen cp2\n")
     assert spec.context is None
-    assert spec.generation == RoleSpec(1, 1, 1, 2, None, None, None, False, 8, None, 32, "auto", None, 0.9)
+    assert spec.generation == RoleSpec(
+        1, 1, 1, 2, None, None, None, False, 8, None, 32, "auto", None, 0.9, "auto", None
+    )
     assert dataclasses.astuple(spec.hardware) == (None, 8, False, None)
     assert spec_of(f"{HEAD}generation_servers: {{}}\ncontext_servers: {{num_instances: 0}}\n").context is None
     assert spec_of(f"{HEAD}parallelism: ctx 0x tp2 / gen tp1\n").context is None
@@ -91,8 +95,13 @@ def test_inheritance_is_key_by_key() -> None:
         f"""{HEAD}max_batch_size: 3
 tensor_parallel_size: 2
 kv_cache_config: {{dtype: float16, max_tokens: 100, free_gpu_memory_fraction: 1}}
+cp_config: {{exchange_space: value, hop_groups: 3}}
 context_servers: {{max_batch_size: 5}}
-generation_servers: {{tensor_parallel_size: 4, kv_cache_config: {{max_tokens: 200}}, max_seq_len: 50}}
+generation_servers:
+  tensor_parallel_size: 4
+  kv_cache_config: {{max_tokens: 200}}
+  cp_config: {{exchange_space: latent}}
+  max_seq_len: 50
 """
     )
     assert spec.context is not None
@@ -102,6 +111,8 @@ generation_servers: {{tensor_parallel_size: 4, kv_cache_config: {{max_tokens: 20
     assert [r.max_tokens for r in roles] == [100, 200]
     assert [r.kv_dtype for r in roles] == ["float16", "float16"]
     assert [r.free_gpu_memory_fraction for r in roles] == [1, 1]
+    assert [r.exchange_space for r in roles] == ["value", "latent"]
+    assert [r.hop_groups for r in roles] == [3, 3]
 
 
 @pytest.mark.parametrize("where", ["top", "roles"])

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from helixc_runtime.attention_shape import LATENT_NORM_EPS
-from helixc_runtime.comm import Comm
-from helixc_runtime.manifest import Mla, ModelArch
+from helixc_runtime.manifest import Mla, ModelArch, Space
 from helixc_runtime.models.layers import rms_norm
+from helixc_runtime.models.pipeline import Pipeline
 from helixc_runtime.models.rotary import Rotary, rotate
-from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaUnabsorbed, Norm, Ops
+from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaUnabsorbed, Norm, Ops, Partial
 from helixc_runtime.weights import Weights
 
 Linear = Callable[[Tensor, Tensor], Tensor]  # x, weight: see Ops.linear
@@ -42,14 +42,16 @@ class Attention(Protocol):
         """
         ...
 
-    def decode(self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, comm: Comm) -> Tensor:
+    def decode(
+        self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, pipeline: Pipeline
+    ) -> Tensor:
         """One new token a row, x [B, hidden] -> summand [B, hidden]."""
         ...
 
 
-def make_attention(arch: ModelArch, weights: Weights, rotary: Rotary) -> Attention:
-    """The attention `arch` has."""
-    return MlaAttention(arch, arch.mla, weights, rotary) if arch.mla else GqaAttention(arch, weights, rotary)
+def make_attention(arch: ModelArch, weights: Weights, rotary: Rotary, space: Space) -> Attention:
+    """The attention `arch` has, whose partials are exchanged in `space`."""
+    return MlaAttention(arch, arch.mla, weights, rotary, space) if arch.mla else GqaAttention(arch, weights, rotary)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -75,9 +77,11 @@ class GqaAttention:
         out = _causal(q, k, v, self.arch.softmax_scale)  # [L, H, D]
         return F.linear(out.flatten(1), self.weights("o", layer)), kv.transpose(1, 2)
 
-    def decode(self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, comm: Comm) -> Tensor:
+    def decode(
+        self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, pipeline: Pipeline
+    ) -> Tensor:
         q = ops.append(self._project(layer, x, ops.linear), cache, batch)
-        out = comm.exchange(ops.attend(q, cache, batch), ops, f"layer {layer} partials")  # [B, H / C, D]
+        out = pipeline.run(q, lambda q, group: ops.attend(q, cache, group), f"layer {layer} partials")  # [B, H / C, D]
         return ops.linear(out.flatten(1), self.weights("o", layer))
 
     def _project(self, layer: int, x: Tensor, linear: Linear = F.linear) -> GqaProjections:
@@ -94,10 +98,14 @@ def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 class MlaAttention:
-    """Multi-head latent attention (DeepSeek). Decode is absorbed: queries go to the latent space, W_UV comes last."""
+    """Multi-head latent attention (DeepSeek). Decode is absorbed: queries go to the latent space, W_UV comes last.
 
-    def __init__(self, arch: ModelArch, mla: Mla, weights: Weights, rotary: Rotary) -> None:
-        self.arch, self.mla, self.weights, self.rotary = arch, mla, weights, rotary
+    The merge of partials is linear in them, so that W_UV may come before the exchange, of all heads attended, or after
+    it, of the heads that are left.
+    """
+
+    def __init__(self, arch: ModelArch, mla: Mla, weights: Weights, rotary: Rotary, space: Space) -> None:
+        self.arch, self.mla, self.weights, self.rotary, self.space = arch, mla, weights, rotary, space
 
     def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor], keep: Keep) -> tuple[Tensor, Tensor]:
         q, kv = self._project(layer, x, F.linear, lambda low, norm: rms_norm(low, *norm))
@@ -113,14 +121,23 @@ class MlaAttention:
         out = _causal(torch.cat((q_nope, q_rope), dim=-1), k, v, self.arch.softmax_scale)
         return F.linear(out.flatten(1), self.weights("o", layer)), kv
 
-    def decode(self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, comm: Comm) -> Tensor:
+    def decode(
+        self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, pipeline: Pipeline
+    ) -> Tensor:
         q, kv = self._project(
             layer, x, ops.linear, lambda low, norm: ops.add_norm(low.contiguous(), None, None, norm)[1]
         )
         k_up = self.weights("k_up", layer).transpose(1, 2)  # [H, latent, nope]
         q = ops.append(MlaUnabsorbed(q, k_up, kv, self.weights("kv_a_norm", layer)), cache, batch)
-        merged = comm.exchange(ops.attend(q, cache, batch), ops, f"layer {layer} partials")  # [B, H / C, latent]
-        out = ops.linear(merged, self.weights("v_up", layer))
+        v_up, before = self.weights("v_up", layer), self.space == "value"
+
+        def attend(q: Tensor, group: DecodeBatch) -> Partial:
+            partial = ops.attend(q, cache, group)
+            # An empty part's values may be NaN, as its partial.
+            return Partial(ops.linear(partial.o, v_up).contiguous(), partial.lse) if before else partial
+
+        out = pipeline.run(q, attend, f"layer {layer} partials")  # [B, H / C, v], or of latents
+        out = out if before else ops.linear(out, v_up)
         return ops.linear(out.flatten(1), self.weights("o", layer))
 
     def _project(self, layer: int, x: Tensor, linear: Linear, normed: Normed) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from helixc_runtime.comm import Comm
-from helixc_runtime.manifest import ModelArch, Range, Rank, split
+from helixc_runtime.manifest import WITHOUT_HOP, Hop, ModelArch, Range, Rank, split
 from helixc_runtime.models.attention import Keep, Linear, make_attention, unchanged
 from helixc_runtime.models.layers import embed, mixture, mixture_weights, mlp, mlp_weights, rms_norm
+from helixc_runtime.models.pipeline import Pipeline
 from helixc_runtime.models.rotary import Rotary
 from helixc_runtime.ops import DecodeBatch, LayerCache, Norm, Ops
 from helixc_runtime.weights import Weights
@@ -30,6 +31,7 @@ class Decoder:
     comm: Comm
     device: torch.device
     dtype: torch.dtype
+    hop: Hop = WITHOUT_HOP
 
     @property
     def is_first(self) -> bool:
@@ -57,7 +59,7 @@ class Decoder:
         `attends` False: another data-parallel rank has this request; this one only takes part in the FFN. `keep`: see
         Attention.prefill.
         """
-        attention = make_attention(self.arch, self.weights, rotary)
+        attention = make_attention(self.arch, self.weights, rotary, self.rank.exchange_space)
         angles = rotary.angles(torch.arange(tokens.shape[0], device=self.device))
         cached: list[Tensor] = []
 
@@ -81,8 +83,8 @@ class Decoder:
         Rows that this rank does not attend for, other data-parallel ranks' and padding, are empty in `batch`: they
         add zeros to the layer's sum.
         """
-        attention = make_attention(self.arch, self.weights, rotary)
-        ops.begin_step(batch)
+        attention = make_attention(self.arch, self.weights, rotary, self.rank.exchange_space)
+        pipeline = Pipeline(self.hop, len(self.rank.groups.cp), batch, ops, self.comm)
         first, end = self.rank.layers
         norm = self._norm("input_norm", first)
         if self.is_first:
@@ -90,7 +92,7 @@ class Decoder:
         else:
             x, normed = ops.add_norm(self._received(len(tokens)), None, None, norm)
         for layer in range(first, end):
-            attended = attention.decode(layer, normed, caches[layer - first], batch, ops, self.comm)
+            attended = attention.decode(layer, normed, caches[layer - first], batch, ops, pipeline)
             bias, norm = self.weights.get("o_bias", layer), self._norm("post_norm", layer)
             x, normed = self.comm.reduce(attended, x, bias, norm, ops, f"layer {layer} o_proj")
             computed = self._ffn_step(layer, normed, ops)
