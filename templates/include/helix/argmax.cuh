@@ -66,8 +66,8 @@ HELIX_DEVICE void argmax(i64* indices, const typename C::Element* logits, const 
   best = warp_best(found[lane < warps ? lane : 0]);
   best.index += first;
   const auto place = [&](int inbox, int sender) {
-    const i64 half = group.half();
-    return reinterpret_cast<u32*>(group.inbox(inbox)) + ((half * C::members + sender) * max_rows + row) * 2;
+    return reinterpret_cast<u32*>(group.inbox(inbox)) +
+           ((i64(group.half()) * C::members + sender) * max_rows + row) * 2;
   };
   Best all = best;
   for (int member = lane; member < C::members; member += kWarp) {
