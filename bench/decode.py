@@ -6,7 +6,8 @@ prefilled. TTL is the median time between two steps of that loop. What the GPU t
 events; the difference is host time that the GPU waits for. The floor is the bytes that a rank must read, its weights
 (of the experts as many as the batch is expected to choose) and its KV, at the speed of torch's copy in the same run.
 
-`--profile` prints which kernels a step's time goes to. Without a GPU the same runs over gloo, on `--only tiny`.
+`--profile` prints which kernels a step's time goes to. `--layouts tp1` runs the step on one GPU alone: what it prints
+is for finding where the time goes, and no result. Without a GPU the same runs over gloo, on `--only tiny`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -60,6 +61,7 @@ MOST_KERNELS = 45  # of a profile
 DEADLINE_S = 240.0  # for one model
 LAYOUTS = {"tp1 cp2": role(cp=2), "tp2": role(tp=2)}
 HELIX, PLAIN = LAYOUTS
+ALONE = {"tp1": role()}
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the models asked for and write the results. Returns 1 if something could not be measured."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", default=",".join(n for n in STUDIES if n != "tiny"), help="models, by default all")
+    parser.add_argument("--layouts", choices=["compared", *ALONE], default="compared")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step")
     options = parser.parse_args(arguments)
@@ -129,11 +132,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as temporary:
             try:
-                rows = list(measure(name, STUDIES[name], Path(temporary), on_gpu, options.profile))
+                study = replace(STUDIES[name], layouts=LAYOUTS if options.layouts == "compared" else ALONE)
+                found = measure(name, study, Path(temporary), on_gpu, options.profile)
             except RuntimeError as error:  # one model must not stop the others
                 failures.append(f"{name}: {error}")
                 print(failures[-1], flush=True)
                 continue
+        if study.layouts is ALONE:
+            continue
+        rows = list(compared(name, STUDIES[name], found))
         result["rows"] += rows
         result["rows"].sort(key=lambda row: list(STUDIES).index(row["model"]))  # stable
         options.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -143,17 +150,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def measure(name: str, study: Study, folder: Path, on_gpu: bool, profile: bool) -> Iterator[dict[str, Any]]:
-    """The rows of one model. Raises RuntimeError if a process fails or takes too long."""
+@dataclass(frozen=True)
+class Found:
+    """What was measured of one layout."""
+
+    plan: Plan
+    cases: list[dict[str, Any]]  # of all ranks
+    bandwidth: float  # of the slower GPU, bytes a second
+
+
+def measure(name: str, study: Study, folder: Path, on_gpu: bool, profile: bool) -> dict[str, Found]:
+    """Each layout of one model; all have the same number of ranks. RuntimeError if a process fails or is too slow."""
     plans = {}
-    for layout in LAYOUTS:
+    for layout in study.layouts:
         plans[layout] = planned(study, layout, folder / layout, on_gpu)
         print(f"{name}, gen {layout}: KV capacity {capacity(plans[layout]):,} tokens of one H200 a rank", flush=True)
-    run_pair(study, folder, on_gpu, profile)
-    found = {layout: json.loads((folder / f"{layout}.json").read_text()) for layout in LAYOUTS}
-    bandwidth = found[HELIX]["bandwidth"]
+    run_ranks(study, folder, on_gpu, profile)
+    return {
+        layout: Found(plans[layout], **json.loads((folder / f"{layout}.json").read_text())) for layout in study.layouts
+    }
+
+
+def compared(name: str, study: Study, found: Mapping[str, Found]) -> Iterator[dict[str, Any]]:
+    """The rows of one model: HELIX, with PLAIN beside it."""
+    plans = {layout: found[layout].plan for layout in LAYOUTS}
+    bandwidth = found[HELIX].bandwidth
     for batch, tokens in study.cases:
-        helix, plain = (of_case(found[layout]["cases"], batch, tokens) for layout in (HELIX, PLAIN))
+        helix, plain = (of_case(found[layout].cases, batch, tokens) for layout in LAYOUTS)
         if helix is None:
             continue
         floor_us = helix.floor_bytes / bandwidth * 1e6
@@ -272,13 +295,19 @@ def floor_bytes(plan: Plan, rank: Rank, batch: int, tokens: int) -> float:
     return weights + batch * cached * layers * heads * plan.model.kv_bytes
 
 
-# --- Two processes ----------------------------------------------------------------------------------------------
+# --- A process a rank -------------------------------------------------------------------------------------------
 
 
-def run_pair(study: Study, folder: Path, on_gpu: bool, profile: bool) -> None:
-    """The layouts, one after the other, by two processes; the first leaves LAYOUT.json in `folder`."""
+def world(sizes: RoleSpec) -> int:
+    """Ranks of a layout."""
+    return sizes.tensor_parallel_size * sizes.context_parallel_size
+
+
+def run_ranks(study: Study, folder: Path, on_gpu: bool, profile: bool) -> None:
+    """The layouts, all of as many ranks, one after the other, by a process a rank; LAYOUT.json comes into `folder`."""
     context, ports = multiprocessing.get_context("spawn"), [free_port() for _ in study.layouts]
-    ranks = [context.Process(target=run_rank, args=(study, folder, on_gpu, profile, r, ports)) for r in range(2)]
+    count = max(world(sizes) for sizes in study.layouts.values())
+    ranks = [context.Process(target=run_rank, args=(study, folder, on_gpu, profile, r, ports)) for r in range(count)]
     deadline = time.monotonic() + DEADLINE_S
     for process in ranks:
         process.start()
@@ -302,7 +331,7 @@ def free_port() -> int:
 
 
 def run_rank(study: Study, folder: Path, on_gpu: bool, profile: bool, rank: int, ports: Sequence[int]) -> None:
-    """One of the two processes."""
+    """One of the processes."""
     torch.set_num_threads(1)
     for layout, port in zip(study.layouts, ports, strict=True):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -312,10 +341,10 @@ def run_rank(study: Study, folder: Path, on_gpu: bool, profile: bool, rank: int,
         with torch.inference_mode():
             cases = list(run_layout(study, folder / layout, rank, device, profile))
             bandwidth = copy_bandwidth(device) if on_gpu else math.inf
-        both: list[Any] = [None, None]
-        dist.all_gather_object(both, (cases, bandwidth))
+        ranks: list[Any] = [None] * world(study.layouts[layout])
+        dist.all_gather_object(ranks, (cases, bandwidth))
         if rank == 0:
-            found = {"cases": [case for of_rank, _ in both for case in of_rank], "bandwidth": min(b for _, b in both)}
+            found = {"cases": [case for of_rank, _ in ranks for case in of_rank], "bandwidth": min(b for _, b in ranks)}
             (folder / f"{layout}.json").write_text(json.dumps(found))
         dist.destroy_process_group()
         if on_gpu:

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runtime")]
 
 import torch  # noqa: E402
 
-from bench.decode import STUDIES, K, Measured, Study, of_case, planned, run_pair  # noqa: E402
+from bench.decode import STUDIES, K, Measured, Study, of_case, planned, run_ranks  # noqa: E402
 from bench.gpu_timing import earlier_rows, machine  # noqa: E402
 from helixc.plan.hop import layer  # noqa: E402
 from helixc.spec.spec import Hardware  # noqa: E402
@@ -91,7 +91,7 @@ def measure(name: str, variant: Variant, folder: Path, on_gpu: bool) -> Iterator
     study = replace(variant.study, layouts=layouts)
     with by(variant.transport):
         plans = {layout: planned(study, layout, folder / layout, on_gpu) for layout in layouts}
-    run_pair(study, folder, on_gpu, profile=False)
+    run_ranks(study, folder, on_gpu, profile=False)
     found = {layout: json.loads((folder / f"{layout}.json").read_text())["cases"] for layout in layouts}
     one, *_ = layouts
     for batch, tokens in study.cases:

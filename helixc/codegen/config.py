@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from helixc.codegen.problem import KernelSpec, Param
 from helixc_runtime.attention_shape import MAX_PROCESSORS
@@ -57,6 +57,8 @@ def configure(spec: KernelSpec) -> KernelConfig:
     match spec.template:
         case "append":
             return _append(spec)
+        case "absorb":
+            return replace(_append(spec), threads=_SKINNY_THREADS, blocks=2)
         case "partial":
             return _portable_partial(spec)
         case "mla_schedule":
@@ -82,8 +84,10 @@ def configure(spec: KernelSpec) -> KernelConfig:
             return KernelConfig(spec, threads=_EXCHANGE_THREADS)
         case "merge_exchange":
             return _merge_exchange(spec)
-        case "reduce":
-            return _reduce(spec)
+        case "reduce" | "embed":
+            return _of_rows(spec)
+        case "argmax":
+            return KernelConfig(spec, threads=1024)
         case "router":
             return KernelConfig(spec, _THREADS)
         case "linear":
@@ -96,7 +100,7 @@ def configure(spec: KernelSpec) -> KernelConfig:
             return KernelConfig(spec, _THREADS)
 
 
-def _reduce(spec: KernelSpec) -> KernelConfig:
+def _of_rows(spec: KernelSpec) -> KernelConfig:
     """A thread for each 16 bytes of a row, as far as a thread block goes."""
     return KernelConfig(spec, threads=min(-(-_expect_vectors(spec, "hidden") // 512) * 32, 1024))
 

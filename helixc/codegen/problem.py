@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from helixc_runtime.attention_shape import AttentionShape
-from helixc_runtime.ffn_shape import EIGHTS, FfnShape
+from helixc_runtime.ffn_shape import EIGHTS, FfnShape, team_of
 from helixc_runtime.manifest import Dtype, Model, Moe
 from helixc_runtime.switches import read_switches
 
@@ -99,6 +99,33 @@ def reduce(members: int, hidden: int, eps: float, dtype: Dtype, arch: str) -> Ke
     """The sum over `members` ranks that write into each other's memory, added to the residual stream and normed."""
     params: Params = (("members", members), ("hidden", hidden), ("eps", eps), ("dtype", dtype))
     return KernelSpec(f"reduce_n{members}_d{hidden}_{_SHORT[dtype]}", "reduce", params, arch)
+
+
+def argmax(members: int, dtype: Dtype, arch: str) -> KernelSpec:
+    """The tokens of the largest logits, whose columns `members` ranks share that write into each other's memory."""
+    return KernelSpec(f"argmax_n{members}_{_SHORT[dtype]}", "argmax", (("members", members), ("dtype", dtype)), arch)
+
+
+def embed(hidden: int, dtype: Dtype, arch: str) -> KernelSpec:
+    """A step's tokens as the rows that a rank's share of the vocabulary has for them."""
+    return KernelSpec(f"embed_d{hidden}_{_SHORT[dtype]}", "embed", (("hidden", hidden), ("dtype", dtype)), arch)
+
+
+def absorb(shape: AttentionShape, nope: int, max_tokens: int, arch: str) -> tuple[KernelSpec, ...]:
+    """Append of up to `max_tokens` tokens together with the product of W_UK, whose columns are `nope`; none for GQA.
+
+    What it takes is what the kernels of `ffn` take.
+    """
+    if not (shape.is_mla and shape.dtype == "bfloat16" and nope % 8 == 0 and shape.partial_dim % 8 == 0):
+        return ()
+    whole = _append(shape, arch)
+    name = whole.name.replace("append_", "absorb_")
+
+    def of(eights: int) -> KernelSpec:
+        product: Params = (("nope", nope), ("eights", eights), ("team", team_of(nope)))
+        return KernelSpec(f"{name}_n{8 * eights}", "absorb", (*whole.params, *product), arch)
+
+    return tuple(of(eights) for eights in EIGHTS if eights == 1 or 8 * (eights - 1) < max_tokens)
 
 
 @lru_cache(maxsize=256)

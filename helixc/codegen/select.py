@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from helixc.codegen.problem import (
     KernelSpec,
+    absorb,
+    argmax,
     batch,
+    embed,
     exchange,
     ffn,
     handoff,
@@ -79,10 +82,15 @@ def _specs(model: Model, shape: AttentionShape, own_ffn: FfnShape, traits: _Trai
     """The kernels of one rank. Those of the fallbacks are there too: a sum of many rows is collective anyway."""
     yield from problems(shape, traits.cp, arch)
     yield batch(shape, model.arch.rope.attention_factor, arch)
+    yield embed(model.arch.hidden_size, model.dtype, arch)
     if traits.one_sided_exchange:
         yield (merge_exchange if merges_as_it_sends(shape, arch) else exchange)(shape, traits.cp, arch)
     for members in (1, traits.ffn_tp) if traits.one_sided_reduction else (1,):
         yield reduce(members, model.arch.hidden_size, model.arch.norm_eps, model.dtype, arch)
-    if model.arch.mla and (rank := model.arch.mla.q_lora_rank):
-        yield norm(rank, LATENT_NORM_EPS, model.dtype, arch)
+    if traits.one_sided_reduction:
+        yield argmax(traits.ffn_tp, model.dtype, arch)
+    if mla := model.arch.mla:
+        yield from absorb(shape, mla.qk_nope_head_dim, traits.rows * shape.query_tokens, arch)
+        if mla.q_lora_rank:
+            yield norm(mla.q_lora_rank, LATENT_NORM_EPS, model.dtype, arch)
     yield from ffn(own_ffn, traits.rows, arch)

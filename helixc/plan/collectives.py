@@ -49,15 +49,16 @@ def admission(instance: Instance) -> Program:
     return list(_control(instance, instance.ranks[0], 2 * instance.max_batch_size + 1, "admission"))
 
 
-def decode_step(plan: Plan, instance: Instance, rank: Rank, groups: int = 1) -> Program:
+def decode_step(plan: Plan, instance: Instance, rank: Rank, groups: int = 1, *, greedy: bool = False) -> Program:
     """What a generation rank issues in one step; under attention dp also for the rows of others, as empty ones.
 
     `groups` of rows are exchanged one after another; the sizes are those of one token.
-    Only in several stages are the tokens told: the ranks of one stage gather the same logits, and choose the same.
+    Only in several stages are the tokens told: the ranks of one stage gather the same logits, and choose the same. A
+    `greedy` step, without a row to draw for, gathers no more than each rank's largest, and which token that is of.
     """
     return [
         *_stage(plan, rank, exchanges=groups),
-        *_logits(plan, rank),
+        *(_largest(plan, rank) if greedy else _logits(plan, rank)),
         *(_token(instance, instance.max_batch_size) if instance.pp > 1 else ()),
     ]
 
@@ -146,7 +147,13 @@ def _logits(plan: Plan, rank: Rank) -> Iterator[Op]:
     if rank.layers[1] == plan.model.arch.num_layers:
         parts = len(rank.groups.ffn_tp)
         widest = max(hi - lo for lo, hi in (split(plan.model.arch.vocab_size, parts, i) for i in range(parts)))
-        yield from _group("all_gather", rank.groups.ffn_tp, widest * DTYPE_BYTES["float32"], "logits")
+        yield from _group("all_gather", rank.groups.ffn_tp, widest * DTYPE_BYTES[plan.model.dtype], "logits")
+
+
+def _largest(plan: Plan, rank: Rank) -> Iterator[Op]:
+    """A logit and a token, in float64."""
+    if rank.layers[1] == plan.model.arch.num_layers:
+        yield from _group("all_gather", rank.groups.ffn_tp, 16, "largest logits")
 
 
 def _token(instance: Instance, count: int) -> Iterator[Op]:

@@ -9,6 +9,8 @@ from helixc_runtime.kv import KvCache
 from helixc_runtime.models.rotary import Rotary
 from helixc_runtime.ops import DecodeBatch, GatedMlp, LayerCache, Mixture, Norm, Ops, Partial, Projections
 
+_WEIGHTS = frozenset({"k_up", "norm", "q_norm", "k_norm"})  # of Projections
+
 
 class CheckedOps:
     """Another Ops, with a FloatingPointError, naming rank, layer, operation and value, for each NaN that is used.
@@ -25,6 +27,10 @@ class CheckedOps:
         """See Ops.make_batch."""
         return self._ops.make_batch(cache, positions, attends, rotary)
 
+    def embed(self, tokens: Tensor, table: Tensor, first: int) -> Tensor:
+        """See Ops.embed. Not checked: as add_norm."""
+        return self._ops.embed(tokens, table, first)
+
     def begin_step(self, batch: DecodeBatch) -> None:
         """See Ops.begin_step."""
         self._layer = self._first_layer - 1
@@ -36,8 +42,9 @@ class CheckedOps:
         used = batch.lengths > 0
         for name in new.__slots__:
             given: Tensor | None = getattr(new, name)
-            if given is not None:  # a norm's weight [width] is used by all tokens
-                self._expect_numbers(f"{name} given to append", given, used if given.dim() > 1 else used.any())
+            if given is not None:  # weights are used by all tokens
+                of = used.any() if name in _WEIGHTS else used
+                self._expect_numbers(f"{name} given to append", given, of)
         q = self._ops.append(new, cache, batch)
         self._expect_numbers("q of append", q, used)
         return q

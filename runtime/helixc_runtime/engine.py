@@ -296,7 +296,7 @@ class Generation:
 
     def __init__(self, session: Session, ops: Ops, cache: KvCache, scheduler: Scheduler) -> None:
         self.session, self.cache, self.scheduler = session, cache, scheduler
-        self.step = DecodeStep(session.decoder, ops, cache)
+        self.step = DecodeStep(session.decoder, ops, cache, keep_logits=session.job.keep_logits)
         self.transport = DistTransport()
         self.requests = {r.index: r for r in session.requests}
         self.rows: list[Row] = []  # of the next step, by slot
@@ -417,7 +417,8 @@ class Generation:
 
     def _kept_logits(self, result: StepResult | None) -> Tensor | None:
         """For --verify, a copy: the next step overwrites them."""
-        if result is None or not self.session.job.keep_logits or self.session.rank.rank != self.session.sampler:
+        kept = self.session.job.keep_logits and self.session.rank.rank == self.session.sampler
+        if not kept or result is None or result.logits is None:
             return None
         return result.logits[[row.slot for row in self.rows]]
 

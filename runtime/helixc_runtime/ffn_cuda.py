@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helixc_runtime.attend_cuda import address
 from helixc_runtime.cubin import LoadedKernel
-from helixc_runtime.ffn_shape import FfnShape
+from helixc_runtime.ffn_shape import FfnShape, team_of
 from helixc_runtime.manifest import Kernel
 from helixc_runtime.models.layers import gated_mlp, linear, mix
 from helixc_runtime.ops import GatedMlp, Mixture
@@ -30,7 +30,6 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 EARLY = frozenset(ARGUMENTS)
 
 _WARP, _EIGHT, _TILE_ROWS = 32, 8, 16
-_TEAM_COLUMNS = 128  # columns that keep one more warp of a team busy: kUnitColumns of skinny.cuh
 
 Gated = tuple[Kernel, LoadedKernel, Kernel, LoadedKernel]  # gate_up, down
 
@@ -66,7 +65,7 @@ class CudaFfn:
         """See Ops.linear."""
         check_linear(x, weight)
         matrices, rows, columns = (1, *weight.shape) if weight.dim() == 2 else weight.shape
-        chosen = self._linear.get((_eights(x), _team(columns)))
+        chosen = self._linear.get((_eights(x), team_of(columns)))
         if chosen is None or not _loadable(x) or not _loadable(weight) or not weight.is_contiguous():
             return linear(x, weight)
         kernel, loaded = chosen
@@ -149,12 +148,6 @@ def _key(kernel: Kernel) -> tuple[int, bool]:
 
 def _eights(x: Tensor) -> int:
     return -(-len(x) // _EIGHT)
-
-
-def _team(columns: int) -> int:
-    """Warps of a team that all have work, a power of two up to 8."""
-    units = -(-columns // _TEAM_COLUMNS)
-    return next(team for team in (8, 4, 2, 1) if team <= units or team == 1)
 
 
 def _loadable(x: Tensor) -> bool:

@@ -10,6 +10,15 @@ GROUPED_COLUMNS = 8  # local expert columns are padded to multiples of this: 16 
 EIGHTS = (1, 2)  # tokens that the kernels of few tokens serve, in eights
 
 
+_TEAM_COLUMNS = 128  # columns that keep one more warp of a team busy: kUnitColumns of skinny.cuh
+
+
+def team_of(columns: int) -> int:
+    """Warps that share the columns of a tile of weights and all have work: a power of two up to 8."""
+    units = -(-columns // _TEAM_COLUMNS)
+    return next(team for team in (8, 4, 2, 1) if team <= units or team == 1)
+
+
 @dataclass(frozen=True, slots=True)
 class FfnShape:
     """Local widths of one rank, in columns of its activations. 0: the rank has no such layer, or no such experts."""

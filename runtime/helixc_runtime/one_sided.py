@@ -1,5 +1,5 @@
 """Comm whose decode steps write into the other GPUs' memory: one launch for an exchange and the merges around it, one
-for a reduction with the residual and the norm after it.
+for a reduction with the residual and the norm after it, and one for the largest of the logits that the ranks share.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class OneSidedComm(TorchComm):
         self._status = torch.zeros(4, dtype=torch.int32, pin_memory=device.type == "cuda")  # Status of inbox.cuh
         self._seen = self._status.numpy()
         self._calls: list[tuple[GroupName, str]] = []  # what the kernels know by its number
-        self._exchange = self._reduce = None
+        self._exchange = self._reduce = self._argmax = None
         if instance.exchange == "one_sided":
             kernel = _find(chosen, *EXCHANGES, cp=instance.cp)
             grouped = instance.hop.groups > 1
@@ -59,7 +59,9 @@ class OneSidedComm(TorchComm):
         if instance.reduce_rows:
             kernel = _find(chosen, "reduce", members=len(rank.groups.ffn_tp))
             self._reduce = _Messages(self, kernel, "ffn_tp", instance.reduce_rows, artifact_dir)
-        self._kinds = [kind for kind in (self._exchange, self._reduce) if kind]
+            kernel = _find(chosen, "argmax", members=len(rank.groups.ffn_tp))
+            self._argmax = _Messages(self, kernel, "ffn_tp", instance.max_batch_size, artifact_dir)
+        self._kinds = [kind for kind in (self._exchange, self._reduce, self._argmax) if kind]
         self._progress = [kind.progress[i : i + 1] for kind in self._kinds for i in range(2)]
 
     def begin_step(self) -> None:
@@ -127,6 +129,16 @@ class OneSidedComm(TorchComm):
         kind.launch(len(x), (out, normed, x, residual, bias, weight), (kind.rows,), self._call("ffn_tp", what))
         return out, normed
 
+    def argmax(self, x: Tensor, first: int, what: str) -> Tensor:
+        kind = self._argmax
+        if kind is None:
+            return super().argmax(x, first, what)
+        rows, columns = x.shape
+        kind.expect(rows, x=x)
+        out = torch.empty(rows, dtype=torch.int64, device=x.device)
+        kind.launch(rows, (out, x), (columns, first, kind.rows), self._call("ffn_tp", what))
+        return out
+
     def _call(self, group: GroupName, what: str) -> int:
         if (group, what) not in self._calls:
             self._calls.append((group, what))
@@ -193,11 +205,13 @@ class _Messages:
 
 
 def inbox_bytes(kernel: Kernel, rows: int) -> int:
-    """What one GPU's inbox takes, for messages of at most `rows` rows: see exchange.cuh and reduce.cuh."""
+    """What one GPU's inbox takes, for messages of at most `rows` rows: see exchange.cuh, reduce.cuh, argmax.cuh."""
     params, size = kernel.params, DTYPE_BYTES[str(kernel.params["dtype"])]
     if kernel.template in EXCHANGES:
         head = int(params["partial_dim"]) * size + 4 * pieces_of(kernel)
         return 2 * int(params["cp"]) * rows * int(params["out_heads"]) * head
+    if kernel.template == "argmax":
+        return 2 * int(params["members"]) * rows * 2 * 4
     return 2 * int(params["members"]) * rows * int(params["hidden"]) * size
 
 

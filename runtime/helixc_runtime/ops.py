@@ -114,6 +114,16 @@ class MlaProjections:
 
 
 @dataclass(frozen=True, slots=True)
+class MlaUnabsorbed:
+    """The same before W_UK. Rows and heads may be strided."""
+
+    q: Tensor  # [N, H, nope + rope]
+    k_up: Tensor  # [H, latent, nope]
+    kv: Tensor  # [N, latent + rope]
+    norm: Tensor  # [latent], of the latent
+
+
+@dataclass(frozen=True, slots=True)
 class GqaProjections:
     """What the projections of GQA give for N new tokens, neither normed nor rotated. Rows and heads may be strided."""
 
@@ -124,7 +134,7 @@ class GqaProjections:
     k_norm: Tensor | None = None  # [D]
 
 
-Projections = MlaProjections | GqaProjections
+Projections = MlaProjections | MlaUnabsorbed | GqaProjections
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +169,10 @@ class Ops(Protocol):
         """
         ...
 
+    def embed(self, tokens: Tensor, table: Tensor, first: int) -> Tensor:
+        """[N, hidden]: of tokens [N] int64 the rows of table [V, hidden], from token `first` on; else zeros."""
+        ...
+
     def begin_step(self, batch: DecodeBatch) -> None:
         """Prepare a step: what depends on the lengths and pages alone, once for all layers.
 
@@ -169,7 +183,7 @@ class Ops(Protocol):
         ...
 
     def append(self, new: Projections, cache: LayerCache, batch: DecodeBatch) -> Tensor:
-        """From the projections to attention: norms, RoPE of the last rope_dim dims, and the cache's new tokens.
+        """From the projections to attention: W_UK, norms, RoPE of the last rope_dim dims, and the cache's new tokens.
 
         Returns the queries [N, H, D], of the model's dtype. Keys and values are rounded to the model's dtype, then to
         the cache's (FP8: see quantize.py). Tokens that are not owned skip the write, and only the write.

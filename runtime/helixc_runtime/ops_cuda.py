@@ -19,7 +19,17 @@ from helixc_runtime.ffn_shape import FfnShape
 from helixc_runtime.kv import KvCache
 from helixc_runtime.manifest import WITHOUT_HOP, Hop, Kernel
 from helixc_runtime.models.rotary import Rotary
-from helixc_runtime.ops import DecodeBatch, LayerCache, MlaProjections, Norm, Partial, Projections, SplitPartial
+from helixc_runtime.ops import (
+    DecodeBatch,
+    GqaProjections,
+    LayerCache,
+    MlaProjections,
+    MlaUnabsorbed,
+    Norm,
+    Partial,
+    Projections,
+    SplitPartial,
+)
 from helixc_runtime.shape_checks import check_add_norm, check_append, check_attend, check_combine, expect_shape
 from helixc_runtime.switches import read_switches
 from helixc_runtime.watched_kernel import WatchedKernel
@@ -29,18 +39,22 @@ _WARP = 32
 # The launch arguments of each template, in order.
 ARGUMENTS = {
     "append": ("pointer",) * 15 + ("int32",) * 9,
+    "absorb": ("pointer",) * 12 + ("int32",) * 7,
     "batch": ("pointer",) * 9 + ("int32",) * 3,
+    "embed": ("pointer",) * 3 + ("int32",) * 2,
     "combine": ("pointer",) * 4 + ("int32",),
     "exchange": ("pointer",) * 7 + ("int32",) * 5,  # the limit in nanoseconds is as wide as a pointer
     "merge_exchange": ("pointer",) * 11 + ("int32",) * 6,
     "handoff": ("pointer",) * 4 + ("int32",) * 8,
     "reduce": ("pointer",) * 10 + ("int32",) * 4,
+    "argmax": ("pointer",) * 6 + ("int32",) * 6,
     **ATTEND_ARGUMENTS,
     **FFN_ARGUMENTS,
 }
 EXCHANGES = ("exchange", "merge_exchange")
-# Those between ranks wait before they read anything, but for the schedule.
-_EARLY = EARLY | FFN_EARLY | {*EXCHANGES, "reduce"}
+# Of these, absorb reads weights before it waits, merge_exchange the schedule; the others wait first.
+_EARLY = EARLY | FFN_EARLY | {*EXCHANGES, "reduce", "argmax", "embed", "absorb"}
+_BETWEEN = (*EXCHANGES, "argmax")  # GPUs only: of one_sided.py
 _NO_GROUP = (0,) * 8  # a reduction of one rank's summand: its group's arguments
 
 
@@ -72,11 +86,14 @@ class CudaOps:
         self.shape = shape
         self.device = device
         of_ffn = [kernel for kernel in chosen if kernel.template in FFN_ARGUMENTS]
-        chosen = [kernel for kernel in chosen if kernel.template not in (*FFN_ARGUMENTS, *EXCHANGES)]
-        chosen = [kernel for kernel in chosen if kernel.params.get("members", 1) == 1]
-        several = ("combine", "reduce")  # kernels of one template
+        chosen = [kernel for kernel in chosen if kernel.template not in FFN_ARGUMENTS]
+        chosen = [
+            kernel for kernel in chosen if kernel.template not in _BETWEEN and kernel.params.get("members", 1) == 1
+        ]
+        several = ("combine", "reduce", "absorb")  # kernels of one template
         self._kernels = {kernel.template: kernel for kernel in chosen if kernel.template not in several}
         self._combines = {int(kernel.params["cp"]): kernel for kernel in chosen if kernel.template == "combine"}
+        self._absorbs = {int(kernel.params["eights"]): kernel for kernel in chosen if kernel.template == "absorb"}
         self._add_norms = [kernel for kernel in chosen if kernel.template == "reduce"]
         for kernel in chosen:
             _check_kernel(kernel, shape)
@@ -84,6 +101,7 @@ class CudaOps:
             raise ValueError(f"the rank has no append kernel for {arch}")
         self._loaded = {kernel.name: load_kernel(kernel, artifact_dir, device) for kernel in (*chosen, *of_ffn)}
         processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._processors = processors
         # A group has its own schedule and scratch memory: its exchange may still read when the next attends.
         self._attends = [
             make_attend(shape, self._kernels, self._loaded, processors - (hop.processors if group else 0), device)
@@ -116,6 +134,22 @@ class CudaOps:
         self._loaded[kernel.name].launch((rows, 1, 1), *map(address, pointers), width, cache.cp, cache.cp_rank)
         return DecodeBatch(cos=cos, sin=sin, page_table=table, lengths=lengths, owned=owned, slots=slots)
 
+    def embed(self, tokens: Tensor, table: Tensor, first: int) -> Tensor:
+        """See Ops.embed. Raises ValueError on a wrong shape, dtype, device or memory layout."""
+        kernel = self._kernels.get("embed")
+        if kernel is None:
+            raise ValueError("the rank has no kernel that embeds tokens")
+        expect_shape("tokens", tokens, (None,))
+        expect_shape("table", table, (None, int(kernel.params["hidden"])))
+        self._expect("int64", tokens=tokens)
+        self._expect(self.shape.dtype, table=table)
+        _expect_aligned(table=table)
+        x = torch.empty(len(tokens), table.shape[1], dtype=table.dtype, device=self.device)
+        if len(tokens):
+            pointers = map(address, (x, tokens, table))
+            self._loaded[kernel.name].launch((len(tokens), 1, 1), *pointers, first, len(table))
+        return x
+
     def begin_step(self, batch: DecodeBatch) -> None:
         """See Ops.begin_step. Raises ValueError on a wrong dtype, device or memory layout."""
         self._expect("int32", page_table=batch.page_table, lengths=batch.lengths)
@@ -126,15 +160,12 @@ class CudaOps:
     def append(self, new: Projections, cache: LayerCache, batch: DecodeBatch) -> Tensor:
         """See Ops.append. Raises ValueError on a wrong shape, dtype, device or memory layout."""
         check_append(self.shape, new, cache, batch)
+        if isinstance(new, MlaUnabsorbed):
+            return self._absorb(new, cache, batch)
         kernel = self._kernels["append"]
-        self._expect_loadable(int(kernel.params["columns"]), new)
-        self._expect(self.shape.kv_dtype, cache_k=cache.k, cache_v=cache.v)
-        self._expect("uint8", owned=batch.owned, k_scale=cache.k_scale, v_scale=cache.v_scale)
-        self._expect("float32", cos=batch.cos, sin=batch.sin)
-        self._expect("int64", slots=batch.slots)
-        _expect_aligned(cache_k=cache.k, cache_v=cache.v, cos=batch.cos, sin=batch.sin)
-        tokens, heads = len(batch.slots), self.shape.heads
-        q = torch.empty(tokens, heads, self.shape.head_dim, dtype=getattr(torch, self.shape.dtype), device=self.device)
+        self._expect_appendable(kernel, new, cache, batch)
+        q = self._empty_queries(batch)
+        tokens, heads = q.shape[:2]
         strided, norms = self._append_inputs(new)
         caches = (cache.k, cache.v, cache.k_scale, cache.v_scale)
         pointers = (q, *strided, *norms, *caches, batch.cos, batch.sin, batch.owned, batch.slots)
@@ -145,7 +176,49 @@ class CudaOps:
         self._launch_warps(kernel, warps, *map(address, pointers), tokens, *strides)
         return q
 
-    def _append_inputs(self, new: Projections) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+    def _absorb(self, new: MlaUnabsorbed, cache: LayerCache, batch: DecodeBatch) -> Tensor:
+        """Few tokens by one kernel; more by a product, and append."""
+        nope = new.k_up.shape[2]
+        plain, rotary = new.q[..., :nope], new.q[..., nope:]
+        tokens = len(batch.slots)
+        kernel = self._absorbs.get(-(-tokens // 8))
+        if kernel is None or kernel.params["nope"] != nope:
+            absorbed = self.linear(plain, new.k_up)
+            return self.append(MlaProjections(absorbed, rotary, new.kv, new.norm), cache, batch)
+        self._expect(self.shape.dtype, k_up=new.k_up)
+        _expect_aligned(k_up=new.k_up)
+        q = self._empty_queries(batch)
+        self._expect_appendable(kernel, MlaProjections(plain, rotary, new.kv, new.norm), cache, batch)
+        projections = (q, plain, new.k_up, rotary, new.kv, new.norm)
+        pointers = (*projections, cache.k, cache.k_scale, batch.cos, batch.sin, batch.owned, batch.slots)
+        warps = int(kernel.params["threads"]) // _WARP  # of a thread block
+        vectors = _WARP // int(kernel.params["lanes"])  # of a warp
+        appending = -(-(-(-tokens // vectors) - (-tokens * self.shape.heads // vectors)) // warps)
+        tiles = self.shape.heads * -(-self.shape.partial_dim // 16)
+        multiplying = min(
+            -(-tiles * int(kernel.params["team"]) // warps), int(kernel.params["blocks"]) * self._processors
+        )
+        strides = (*plain.stride()[:2], *rotary.stride()[:2], new.kv.stride(0))
+        grid = (appending + multiplying, 1, 1)
+        self._loaded[kernel.name].launch(grid, *map(address, pointers), tokens, appending, *strides)
+        return q
+
+    def _empty_queries(self, batch: DecodeBatch) -> Tensor:
+        size, dtype = (len(batch.slots), self.shape.heads, self.shape.head_dim), getattr(torch, self.shape.dtype)
+        return torch.empty(*size, dtype=dtype, device=self.device)
+
+    def _expect_appendable(self, kernel: Kernel, new: Projections, cache: LayerCache, batch: DecodeBatch) -> None:
+        """Raise ValueError on a wrong dtype, device or memory layout."""
+        self._expect_loadable(int(kernel.params["columns"]), new)
+        self._expect(self.shape.kv_dtype, cache_k=cache.k, cache_v=cache.v)
+        self._expect("uint8", owned=batch.owned, k_scale=cache.k_scale, v_scale=cache.v_scale)
+        self._expect("float32", cos=batch.cos, sin=batch.sin)
+        self._expect("int64", slots=batch.slots)
+        _expect_aligned(cache_k=cache.k, cache_v=cache.v, cos=batch.cos, sin=batch.sin)
+
+    def _append_inputs(
+        self, new: MlaProjections | GqaProjections
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
         """The append kernel's q_plain, q_rotary, k and v, each [N, heads, columns], and its q_norm and k_norm."""
         if isinstance(new, MlaProjections):
             return (new.q_latent, new.q_rope, new.kv.unsqueeze(1), None), (None, new.norm)

@@ -13,9 +13,19 @@ from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ffn_shape import FfnShape
-from helixc_runtime.models.layers import gated_mlp, linear, mix, rms_norm
+from helixc_runtime.models.layers import embed, gated_mlp, linear, mix, rms_norm
 from helixc_runtime.models.rotary import Rotary, rotate
-from helixc_runtime.ops import DecodeBatch, GatedMlp, LayerCache, Mixture, MlaProjections, Norm, Partial, Projections
+from helixc_runtime.ops import (
+    DecodeBatch,
+    GatedMlp,
+    LayerCache,
+    Mixture,
+    MlaProjections,
+    MlaUnabsorbed,
+    Norm,
+    Partial,
+    Projections,
+)
 from helixc_runtime.quantize import dequantize, quantize
 from helixc_runtime.shape_checks import (
     check_add_norm,
@@ -43,6 +53,10 @@ class TorchOps:
     def make_batch(self, cache: KvCache, positions: Tensor, attends: Tensor, rotary: Rotary) -> DecodeBatch:
         """See Ops.make_batch."""
         return cache.batch(positions.clamp(min=0), (positions >= 0) & (attends == 1), rotary)
+
+    def embed(self, tokens: Tensor, table: Tensor, first: int) -> Tensor:
+        """See Ops.embed."""
+        return embed(tokens, table, first)
 
     def begin_step(self, batch: DecodeBatch) -> None:
         """See Ops.begin_step: there is nothing to prepare."""
@@ -120,6 +134,9 @@ class TorchOps:
     def _assemble(self, new: Projections) -> tuple[Tensor, Tensor, Tensor | None]:
         """q [N, H, D], k and v (None: MLA) [N, KH, D], normed and not yet rotated."""
         eps = self.shape.norm_eps
+        if isinstance(new, MlaUnabsorbed):
+            nope = new.k_up.shape[2]
+            new = MlaProjections(linear(new.q[..., :nope], new.k_up), new.q[..., nope:], new.kv, new.norm)
         if isinstance(new, MlaProjections):
             latent, rope = new.kv[:, : self.shape.partial_dim], new.kv[:, self.shape.partial_dim :]
             k = torch.cat((rms_norm(latent, new.norm, eps), rope), dim=1).unsqueeze(1)

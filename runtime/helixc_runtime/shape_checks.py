@@ -14,6 +14,7 @@ from helixc_runtime.ops import (
     LayerCache,
     Mixture,
     MlaProjections,
+    MlaUnabsorbed,
     Norm,
     Projections,
 )
@@ -36,12 +37,17 @@ def expect_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> No
 
 def check_append(shape: AttentionShape, new: Projections, cache: LayerCache, batch: DecodeBatch) -> None:
     """Raise ValueError unless the arguments of Ops.append fit `shape`."""
-    if isinstance(new, MlaProjections) != shape.is_mla:
+    if isinstance(new, GqaProjections) == shape.is_mla:
         raise ValueError(f"got {type(new).__name__} for {'MLA' if shape.is_mla else 'GQA'}")
     tokens = len(batch.slots)
     if isinstance(new, MlaProjections):
         expect_shape("q_latent", new.q_latent, (tokens, shape.heads, shape.partial_dim))
         expect_shape("q_rope", new.q_rope, (tokens, shape.heads, shape.rope_dim))
+        expect_shape("kv", new.kv, (tokens, shape.head_dim))
+        expect_shape("norm", new.norm, (shape.partial_dim,))
+    elif isinstance(new, MlaUnabsorbed):
+        expect_shape("k_up", new.k_up, (shape.heads, shape.partial_dim, None))
+        expect_shape("q", new.q, (tokens, shape.heads, new.k_up.shape[2] + shape.rope_dim))
         expect_shape("kv", new.kv, (tokens, shape.head_dim))
         expect_shape("norm", new.norm, (shape.partial_dim,))
     else:

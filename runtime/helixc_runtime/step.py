@@ -58,7 +58,7 @@ class StepResult:
     """Of the last stage, by slot; on the device, and overwritten by the next step."""
 
     tokens: Tensor  # [size] int64
-    logits: Tensor  # [size, vocab] float32
+    logits: Tensor | None  # [size, vocab] float32; None where nothing but their largest is wanted
 
 
 class _HostBuffer:
@@ -116,8 +116,9 @@ class Readback:
 class DecodeStep:
     """Runs the steps of one rank. Batches are padded to the next of `sizes`."""
 
-    def __init__(self, decoder: Decoder, ops: Ops, cache: KvCache) -> None:
-        self.decoder, self.ops, self.cache = decoder, ops, cache
+    def __init__(self, decoder: Decoder, ops: Ops, cache: KvCache, *, keep_logits: bool = False) -> None:
+        """`keep_logits`: results have all logits, also of steps without a row to draw for."""
+        self.decoder, self.ops, self.cache, self.keep_logits = decoder, ops, cache, keep_logits
         self.rotary = decoder.rotary()
         rows = len(cache.table)
         self.sizes = padded_sizes(rows)
@@ -196,21 +197,27 @@ class DecodeStep:
     def _compute(self, size: int, draws: bool) -> StepResult | None:
         control = self._control[:, :size]
         position = control[_Field.position]
+        self.decoder.comm.begin_step()
         batch = self.ops.make_batch(self.cache, position, control[_Field.attends], self.rotary)
         hidden = self.decoder.decode(control[_Field.token], self.cache.layers, batch, self.rotary, self.ops)
-        if not self.decoder.is_last:
-            return None
-        logits = self.decoder.head(hidden, self.ops.linear)
-        tokens = self._chosen(logits, control, position) if draws else logits.argmax(-1)
-        if self.feeds_itself:
-            control[_Field.token].copy_(tokens)
+        result = self._chosen(hidden, control, draws) if self.decoder.is_last else None
+        self.decoder.comm.end_step()
+        if result and self.feeds_itself:
+            control[_Field.token].copy_(result.tokens)
             position.add_(position >= 0)
-        return StepResult(tokens, logits)
+        return result
 
-    def _chosen(self, logits: Tensor, control: Tensor, position: Tensor) -> Tensor:
+    def _chosen(self, hidden: Tensor, control: Tensor, draws: bool) -> StepResult:
+        """The next tokens. Without a row to draw for, all that the ranks tell each other is their largest logits."""
+        if not draws and not self.keep_logits:
+            return StepResult(self.decoder.greedy(hidden, self.ops.linear), None)
+        logits = self.decoder.head(hidden, self.ops.linear)
+        return StepResult(self._drawn(logits, control) if draws else logits.argmax(-1), logits)
+
+    def _drawn(self, logits: Tensor, control: Tensor) -> Tensor:
         """What each row's request draws, [size] int64."""
         temperature, top_p = (control[field].view(torch.float64) for field in (_Field.temperature, _Field.top_p))
-        position = position.clamp(min=0) + 1
+        position = control[_Field.position].clamp(min=0) + 1
         return sample_rows(logits, Choices(temperature, top_p, control[_Field.seed], position))
 
 

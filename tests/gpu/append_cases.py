@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from helixc_runtime.attention_shape import AttentionShape
-from helixc_runtime.ops import GqaProjections, MlaProjections, Projections
+from helixc_runtime.ops import GqaProjections, MlaProjections, MlaUnabsorbed, Projections
 from helixc_runtime.quantize import EXPONENT_BIAS, dequantize
 
 _UNUSED = 16  # columns beside a projection's in a fused one: NaN, so that reading them shows
@@ -46,6 +46,22 @@ def random_projections(
     fused = torch.cat(parts, dim=1).split([part.shape[1] for part in parts], dim=1)  # as of one qkv projection
     q, k, v = (part.unflatten(1, (-1, dim)) for part in fused)
     return GqaProjections(q, k, v, *((weight(dim), weight(dim)) if shape.qk_norm else ()))
+
+
+def unabsorbed(new: Projections, nope: int, generator: torch.Generator) -> MlaUnabsorbed:
+    """MLA's `new` before the product with a random W_UK of `nope` columns; q as a slice of a fused projection."""
+    assert isinstance(new, MlaProjections)
+    tokens, heads, latent = new.q_latent.shape
+    device, dtype = new.q_latent.device, new.q_latent.dtype
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(device, dtype)
+
+    head = nope + new.q_rope.shape[2]
+    fused = torch.full((tokens, heads * head + _UNUSED), torch.nan, device=device, dtype=dtype)
+    q = fused[:, _UNUSED:].unflatten(1, (heads, head))
+    q.copy_(torch.cat((normal(tokens, heads, nope), new.q_rope), dim=-1))
+    return MlaUnabsorbed(q, normal(heads, latent, nope) * nope**-0.5, new.kv, new.norm)
 
 
 def doubled(new: Projections) -> Projections:

@@ -18,10 +18,14 @@ from tests.gpu.kernel_cases import relative_error
 
 LAYERS = 3
 SPLITS = 24  # at most, of all rows of a layer
+LOGITS = 5003  # of each rank; odd, so that rows start anywhere
 
 
 class Step:
-    """A captured step of `rows` rows: LAYERS times an exchange and two reductions, on inputs that change in place."""
+    """A captured step of `rows` rows: LAYERS times an exchange and two reductions, then an argmax.
+
+    Its inputs change in place.
+    """
 
     def __init__(self, side: Side, rows: int, norm: Norm) -> None:
         shape, hidden = side.ops.shape, side.plan.model.arch.hidden_size
@@ -35,6 +39,7 @@ class Step:
         self.count = torch.zeros(LAYERS, 1, dtype=torch.int32, device=side.device)
         self.x = torch.zeros(LAYERS, 2, rows, hidden, **kind)
         self.residual = torch.zeros(rows, hidden, **kind)
+        self.logits = torch.zeros(rows, LOGITS, **kind)
         self.outputs: list[Tensor] = []
         self.drawn = 0
         self.run()  # loads what is loaded once
@@ -52,6 +57,7 @@ class Step:
             first = comm.reduce(self.x[layer, 0], self.residual, None, self.norm, ops, f"layer {layer} o_proj")
             second = comm.reduce(self.x[layer, 1], None, self.norm.weight, None, ops, f"layer {layer} FFN")
             self.outputs += [merged, *first, second[0]]
+        self.outputs.append(comm.argmax(self.logits, self.side.index * LOGITS, "tokens"))
         comm.end_step()
 
     def partial(self, layer: int) -> SplitPartial:
@@ -97,6 +103,9 @@ class Step:
             weight, oracle = self.norm.weight.double(), TorchOps(side.ops.shape)
             exact = oracle.add_norm(first, self.residual.double(), None, Norm(weight, self.norm.eps))
             wanted += [oracle.combine(o, lse).o, *exact, second + weight]
+        logits = [normal(self.logits) for _ in range(2)]  # of so many that equal ones are common
+        self.logits.copy_(logits[side.index])
+        wanted.append(torch.cat(logits, dim=1).float().argmax(-1).double())
         return wanted
 
 
@@ -135,6 +144,8 @@ def random_steps(side: Side, sizes: list[int], count: int) -> float:
         step.graph.replay()
         for got, want in zip(step.outputs, wanted, strict=True):
             error = (got.double() - want).norm() / want.norm().clamp(min=1e-9)
+            if got.dtype == torch.int64:
+                error = 1e9 * (got != want).any()
             worst = torch.maximum(worst, error.nan_to_num(nan=1e9))
     side.meet()
     side.comm.check()

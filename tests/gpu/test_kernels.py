@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from helixc.codegen.build import compile_all, render_all
-from helixc.codegen.problem import problems
+from helixc.codegen.problem import KernelSpec, absorb, embed, problems
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.cubin import CubinError, check_arch, device_arch
 from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache
 from helixc_runtime.ops_cuda import CudaOps
 from helixc_runtime.ops_torch import TorchOps
+from tests.gpu.append_cases import unabsorbed
 from tests.gpu.kernel_cases import (
     APPEND_SHAPES,
     check_append,
@@ -81,9 +84,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("artifact")
 
 
-def build(shape: AttentionShape, cp: int, folder: Path, device: torch.device) -> CudaOps:
+def build(
+    shape: AttentionShape, cp: int, folder: Path, device: torch.device, more: Sequence[KernelSpec] = ()
+) -> CudaOps:
     """CudaOps from freshly compiled cubins, laid out as in an artifact."""
-    sources = render_all(problems(shape, cp, device_arch(device)))
+    sources = render_all((*problems(shape, cp, device_arch(device)), *more))
     kernels = [cubin.kernel() for cubin in compile_all(sources, cache=folder / "kernels")]
     return CudaOps(shape, kernels, folder, device)
 
@@ -104,6 +109,32 @@ def test_append(shape: AttentionShape, rows: int, folder: Path, device: torch.de
     pick = random.Random(seed)
     case = random_case(shape, [pick.randint(0, 9) for _ in range(rows)], device, seed)
     check_append(build(shape, 2, folder, device), case, BOUNDS[shape.dtype])
+
+
+@pytest.mark.parametrize("hidden", [2048, 7168])
+def test_embed(hidden: int, folder: Path, device: torch.device, seed: int) -> None:
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = gqa(64, 8, 128, 64)
+    ops = build(shape, 1, folder, device, [embed(hidden, "bfloat16", device_arch(device))])
+    table = torch.randn(1000, hidden, generator=generator, device=device).bfloat16()
+    tokens = torch.randint(5000, (64,), generator=generator, device=device)
+    tokens[:4] = torch.tensor([2000, 2999, 1999, 3000])
+    assert torch.equal(ops.embed(tokens, table, 2000), TorchOps(shape).embed(tokens, table, 2000))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 13, 40])
+@pytest.mark.parametrize(
+    ("shape", "nope"),
+    [(mla(16, 64), 128), (mla(128, 32, kv_dtype="float8_e4m3fn"), 128), (mla(8, 4), 200)],
+    ids=("deepseek-v3-lite", "deepseek-v3 fp8", "two units of columns"),
+)
+def test_absorb(shape: AttentionShape, nope: int, tokens: int, folder: Path, device: torch.device, seed: int) -> None:
+    """Few tokens, which one launch serves, and more."""
+    pick, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    case = random_case(shape, [pick.randint(0, 9) for _ in range(tokens)], device, seed)
+    case = replace(case, new=unabsorbed(case.new, nope, generator))
+    ops = build(shape, 2, folder, device, absorb(shape, nope, 16, device_arch(device)))
+    check_append(ops, case, BOUNDS[shape.dtype])
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())

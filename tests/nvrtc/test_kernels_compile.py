@@ -16,8 +16,11 @@ from helixc.codegen.build import Cubin, compile_all, render_all
 from helixc.codegen.nvrtc import CompileError, Nvrtc, NvrtcMissing
 from helixc.codegen.problem import (
     KernelSpec,
+    absorb,
+    argmax,
     attention,
     batch,
+    embed,
     exchange,
     ffn,
     handoff,
@@ -116,6 +119,10 @@ def _specs() -> tuple[KernelSpec, ...]:
             merge_exchange(mla(32, 64, query_tokens=3), 2, arch),
             *(reduce(n, 7168, 1e-6, "bfloat16", arch) for n in (1, 2, 8)),
             reduce(2, 2048, 1e-5, "float16", arch),
+            *(argmax(n, dtype, arch) for n in (2, 64) for dtype in ("bfloat16", "float32")),
+            *absorb(mla(16, 64), 128, 16, arch),
+            *absorb(mla(128, 32, kv_dtype="float8_e4m3fn"), 192, 16, arch),
+            embed(7168, "bfloat16", arch),
             batch(gqa(8, 1, 128, 32), 1.25, arch),
             *(handoff(plan.model, plan.tokens_per_block, arch) for plan in HANDED_OVER),
         )

@@ -1,4 +1,4 @@
-"""The one-sided exchange and reduction among GPUs, each a thread of this process, against the plain sums."""
+"""The one-sided exchange, reduction and argmax among GPUs, each a thread of this process, against the plain sums."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from helixc.codegen.build import render_all
-from helixc.codegen.problem import KernelSpec, exchange, reduce
+from helixc.codegen.problem import KernelSpec, argmax, exchange, reduce
 from helixc.codegen.template_root import template_root
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.manifest import Dtype
@@ -287,7 +287,7 @@ def test_reductions_in_a_row(members: int, hidden: int, dtype: Dtype, bias: bool
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("forget(from);", ""),
+        ("        forget(from);\n      }\n      add_elements", "      }\n      add_elements"),
         ("const i64 half = group.half();", "const i64 half = 0;"),
         ("/ float(C::hidden) + C::eps", "/ float(C::hidden + 8) + C::eps"),
         ("if (bias) add_elements<Element>(sum[round], vector(bias, i));", ""),
@@ -298,3 +298,91 @@ def test_a_wrong_reduction_is_noticed(right: str, wrong: str, tmp_path: Path, se
     root = planted(tmp_path, [Bug("*", right, wrong)])
     with pytest.raises(AssertionError):
         check_reductions(2, 64, "float32", bias=True, folder=tmp_path, seed=seed, root=root, slow=100)
+
+
+# --- The largest logits -----------------------------------------------------------------------------------------
+
+
+def random_logits(rows: int, columns: int, dtype: torch.dtype, first_kind: int, generator: torch.Generator) -> Tensor:
+    """Rows of four kinds in turn: few values, so that equal ones abound; -0 and then 0; infinities; some are NaN."""
+    x = torch.randint(-40, 41, (rows, columns), generator=generator).to(dtype) / 8
+    rare = torch.rand(rows, columns, generator=generator) < 0.01
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    for row in range(rows):
+        kind = (first_kind + row) % 4
+        if kind == 1:
+            x[row] = 0.0
+            x[row, 0] = -0.0
+        elif kind == 2:
+            x[row] = torch.where(rare[row], torch.inf, -torch.inf).to(dtype)
+        elif kind == 3:
+            x[row].view(bits)[rare[row]] = -1  # NaN, its sign set
+    return x
+
+
+def check_argmax(
+    widths: list[int], dtype: Dtype, folder: Path, seed: int, root: Path | None = None, steps: int = 6, slow: int = 20
+) -> None:
+    """Rows of logits whose columns are dealt to GPUs by `widths`: torch's argmax of all, on every GPU."""
+    members, calls = len(widths), 2
+    gpus = Gpus(argmax(members, dtype, "sm_100a"), members, 2 * members * MAX_ROWS * 2, folder, root)
+    gpus.limit_s = PATIENCE_S if root is None else 0.5
+    source, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    work = [
+        random_logits(source.randint(1, MAX_ROWS), sum(widths), getattr(torch, dtype), number, generator)
+        for number in range(steps * calls)
+    ]
+    gpus.slow_down(seed % members, slow)
+    delays = [[source.choice((0, 0, 0, 0.003)) for _ in work] for _ in range(members)]
+    results: list[list[Tensor]] = [[] for _ in range(members)]
+
+    def body(rank: int) -> None:
+        for number, logits in enumerate(work):
+            time.sleep(delays[rank][number])
+            own = logits.split(widths, dim=1)[rank].contiguous()
+            out = torch.full((len(logits),), -1)
+            gpus.launch(rank, number % calls, len(logits), [out, own], [widths[rank], sum(widths[:rank]), MAX_ROWS])
+            results[rank].append(out)
+            gpus.progress[rank, 0] += calls * (number % calls == calls - 1)
+
+    gpus.together(body)
+    assert gpus.at_rest()
+    for number, logits in enumerate(work):
+        for rank in range(members):
+            assert torch.equal(results[rank][number], logits.float().argmax(-1)), f"{number=} {rank=}"
+
+
+@pytest.mark.parametrize(
+    ("widths", "dtype"),
+    [
+        ([9000, 9000], "bfloat16"),
+        ([8, 2000, 1027], "bfloat16"),
+        ([33, 32], "float32"),
+        ([64, 63], "float16"),
+        ([7] * 40, "float32"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)}x{value[0]}",
+)
+def test_the_largest_logit_of_all_gpus(widths: list[int], dtype: Dtype, tmp_path: Path, seed: int) -> None:
+    check_argmax(widths, dtype, tmp_path, seed)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("b.key == a.key && b.index < a.index", "b.key == a.key && b.index > a.index"),
+        ("mine.key == key ? u32(mine.index) : 0xffffffffu", "u32(mine.index)"),
+        ("x != x ? 0xffffffffu : ordered(x + 0.0f)", "x != x ? 0xffffffffu : ordered(x)"),
+        ("x != x ? 0xffffffffu : ordered(x + 0.0f)", "ordered(x + 0.0f)"),
+        ("int i = vectors * width + int(threadIdx.x)", "int i = columns"),
+        (".words)[e])), i * width + e}", ".words)[e])), i + e}"),
+        ("found[lane < warps ? lane : 0]", "found[0]"),
+        ("best.index += first;", ""),
+        ("forget(from + 1);", ""),
+        ("i64(group.half()) * C::members", "i64(0) * C::members"),
+    ],
+)
+def test_a_wrong_argmax_is_noticed(right: str, wrong: str, tmp_path: Path, seed: int) -> None:
+    root = planted(tmp_path, [Bug("argmax", right, wrong)])
+    with pytest.raises(AssertionError):
+        check_argmax([2003, 2000], "bfloat16", tmp_path, seed, root, steps=20, slow=400)

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from helixc.codegen.problem import reduce
+from helixc.codegen.problem import absorb, embed, reduce
 from helixc.codegen.template_root import template_root
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.manifest import Dtype
 from helixc_runtime.ops import GqaProjections, MlaProjections, Norm
 from helixc_runtime.ops_cuda import CudaOps
 from helixc_runtime.ops_torch import TorchOps
+from tests.gpu.append_cases import unabsorbed
 from tests.gpu.kernel_cases import (
     APPEND_SHAPES,
     check_append,
@@ -28,7 +29,7 @@ from tests.gpu.kernel_cases import (
     relative_error,
 )
 from tests.simt.bugs import Bug, planted
-from tests.simt.cpu_kernel import cpu_ops
+from tests.simt.cpu_kernel import KernelFault, cpu_ops
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -149,6 +150,114 @@ def test_append_agrees_with_the_oracle(shape: AttentionShape, tmp_path: Path, mo
         check_append(ops, random_case(shape, rows, CPU, seed), BOUNDS[shape.dtype])
 
 
+def check_embed(
+    dtype: Dtype, hidden: int, folder: Path, monkeypatch: pytest.MonkeyPatch, root: Path | None = None
+) -> None:
+    """Tokens of this rank's share of the vocabulary, of its borders, and of others' before and after."""
+    more = [embed(hidden, dtype, "sm_100a")]
+    ops = cpu_ops(gqa(8, 1, 64, 4, dtype), 1, folder, monkeypatch, 2, root, only_append=True, more=more)
+    table, tokens = torch.randn(30, hidden).to(getattr(torch, dtype)), torch.tensor([50, 79, 49, 80, 0, 200, 61])
+    want = TorchOps(ops.shape).embed(tokens, table, 50)
+    assert torch.equal(want[:2], table[[0, -1]]) and not want[2:6].any() and torch.equal(want[6], table[11])
+    assert torch.equal(ops.embed(tokens, table, 50), want)
+
+
+@pytest.mark.parametrize(("dtype", "hidden"), [("bfloat16", 2048), ("float32", 20), ("float16", 104)])
+def test_embed(dtype: Dtype, hidden: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_embed(dtype, hidden, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("row >= 0 && row < rows", "row > 0 && row < rows"),
+        ("row >= 0 && row < rows", "row >= 0 && row < rows - 1"),
+        ("own ? from[i] : Vector16{{0, 0, 0, 0}}", "own ? from[i] : Vector16{{1, 0, 0, 0}}"),
+        ("+ row * vectors;", "+ (row ? row - 1 : 0) * vectors;"),
+    ],
+)
+def test_a_wrong_embed_is_noticed(right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = planted(tmp_path, [Bug("embed", right, wrong)])
+    with pytest.raises(AssertionError):
+        check_embed("bfloat16", 2048, tmp_path, monkeypatch, root)
+
+
+def test_what_cannot_be_embedded_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = [embed(64, "bfloat16", "sm_100a")]
+    ops = cpu_ops(gqa(8, 1, 64, 4), 1, tmp_path, monkeypatch, 2, only_append=True, more=more)
+    table, tokens = torch.zeros(3, 64, dtype=torch.bfloat16), torch.tensor([1, 2])
+    for given, message in (
+        ((tokens.int(), table), "tokens is int32, expected int64"),
+        ((tokens, table[:, :8]), "table has shape"),
+        ((tokens, table.float()), "table is float32, expected bfloat16"),
+        ((tokens.view(2, 1), table), "tokens has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.embed(*given, 0)
+
+
+def absorb_ops(
+    shape: AttentionShape, nope: int, folder: Path, monkeypatch: pytest.MonkeyPatch, root: Path | None = None
+) -> CudaOps:
+    """Append of up to 16 tokens, and more by torch's product."""
+    more = absorb(shape, nope, 16, "sm_100a")
+    return cpu_ops(shape, 1, folder, monkeypatch, 2, root, only_append=True, more=more)
+
+
+def check_absorb(ops: CudaOps, shape: AttentionShape, nope: int, tokens: int, seed: int) -> None:
+    source, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    case = random_case(shape, [source.randint(0, 9) for _ in range(tokens)], CPU, seed)
+    check_append(ops, replace(case, new=unabsorbed(case.new, nope, generator)), BOUNDS[shape.dtype])
+
+
+@pytest.mark.parametrize(
+    ("shape", "nope"),
+    [(mla(8, 4), 128), (mla(3, 64, kv_dtype="float8_e4m3fn"), 200), (replace(mla(2, 8), interleaved=False), 24)],
+    ids=lambda value: str(getattr(value, "heads", value)),
+)
+def test_absorb_agrees_with_the_oracle(
+    shape: AttentionShape, nope: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Few tokens, which one launch serves, and more."""
+    ops = absorb_ops(shape, nope, tmp_path, monkeypatch)
+    for tokens in (1, 8, 13, 17):
+        check_absorb(ops, shape, nope, tokens, seed)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("(rest, (warp - keys) * vectors", "(rest, warp * vectors"),
+        ("append_query<C, Layout<C>::kPlainChunks>", "append_query<C, Layout<C>::kPlainChunks + 1>"),
+        ("int(gridDim.x) - append_blocks", "int(gridDim.x)"),
+        ("const int block = int(blockIdx.x) - append_blocks", "const int block = int(blockIdx.x) - append_blocks - 1"),
+        ("stride = blocks * kTeams", "stride = int(gridDim.x) * kTeams"),
+    ],
+)
+def test_a_wrong_absorb_is_noticed(
+    right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    shape, root = mla(8, 4), planted(tmp_path, [Bug("*", right, wrong)])
+    with pytest.raises((AssertionError, KernelFault)):
+        check_absorb(absorb_ops(shape, 128, tmp_path, monkeypatch, root), shape, 128, 9, seed)
+
+
+def test_absorb_of_what_no_load_fits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, generator = mla(2, 4), torch.Generator().manual_seed(0)
+    ops, case = absorb_ops(shape, 128, tmp_path, monkeypatch), random_case(shape, [5, 6], CPU, 0)
+    new = unabsorbed(case.new, 128, generator)
+    for wrong, message in (
+        (replace(new, k_up=new.k_up.mT.contiguous().mT), "k_up is not contiguous"),
+        (replace(new, k_up=new.k_up.float()), "k_up is float32"),
+        (replace(new, k_up=new.k_up[:1]), "k_up has shape"),
+        (replace(new, q=new.q[..., 1:]), "q has shape"),
+        (replace(new, q=new.q.transpose(1, 2).contiguous().transpose(1, 2)), "q_latent has strides"),
+        (replace(new, kv=new.kv.double()), "kv is float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.append(wrong, case.cache, case.batch)
+
+
 def test_padding_writes_nothing_and_its_slots_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seed = random.randrange(1 << 30)
     print("seed", seed)
@@ -216,7 +325,7 @@ MLA, QWEN3 = "mla fp8", "qwen3 fp8"
         (MLA, "? 2 * pair + 1 : pair]", "? 2 * pair ^ 3 : pair]"),
         (QWEN3, "first + L::kRunChunks", "first"),
         (QWEN3, "b * cos + a * sin", "b * cos - a * sin"),
-        ("llama", "if (active) store<C>(a.q_out", "if (active && a.owned[row]) store<C>(a.q_out"),
+        ("llama", "if (active) store<C, kFirst>(a.q_out", "if (active && a.owned[row]) store<C, kFirst>(a.q_out"),
         ("llama", "return row < a.rows && a.owned[row];", "return row < a.rows;"),
         (MLA, "return row < a.rows && a.owned[row];", "return row < a.rows;"),
         (MLA, "scales + token, vector", "scales + token / 2, vector"),

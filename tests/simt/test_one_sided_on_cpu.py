@@ -35,7 +35,7 @@ from tests import threads
 from tests.deployments import plan_of, role
 from tests.gpu.kernel_cases import check_partial, random_case, relative_error, to_double
 from tests.simt.cpu_kernel import CpuKernel, Gpu, build, cpu_ops
-from tests.threads import ThreadDist, calls_of
+from tests.threads import Events, ThreadDist, calls_of
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -50,13 +50,16 @@ class Host:
     def __init__(self) -> None:
         self._arrived = threading.Condition()
         self._inboxes: dict[tuple[object, ...], dict[int, Tensor]] = defaultdict(dict)
+        self._turns: dict[tuple[object, ...], int] = defaultdict(int)
 
     def open_inboxes(
         self, size: int, group: GroupName, members: int, index: int, comm: Comm, device: torch.device
     ) -> Tensor:
         ranks = getattr(comm.rank.groups, group)  # type: ignore[attr-defined]
         with self._arrived:
-            meeting = self._inboxes[group, ranks]
+            turn = self._turns[group, ranks, index]
+            self._turns[group, ranks, index] += 1
+            meeting = self._inboxes[group, ranks, turn]
             meeting[index] = torch.full((size // 4,), NOTHING - (1 << 32), dtype=torch.int32)
             self._arrived.notify_all()
             assert self._arrived.wait_for(lambda: len(meeting) == members, 20)
@@ -83,7 +86,7 @@ def with_kernels(plan: Plan, folder: Path, arch: str = ARCH) -> tuple[Plan, Call
     libraries, kernels = [], []
     for source in render_all(select(plan, (arch,))):
         planned = source.config.planned()
-        if planned.template in ("exchange", "merge_exchange", "reduce"):
+        if planned.template in ("exchange", "merge_exchange", "reduce", "argmax"):
             libraries.append(build(source))
             kernels.append(replace(planned, cubin=libraries[-1].name))
 
@@ -156,8 +159,9 @@ def test_steps_of_any_size(host: Host, tmp_path: Path, seed: int, monkeypatch: p
             merged = exchanged(own, parts[rank.rank], ops)
             first = own.reduce(summands[rank.rank].clone(), residual, bias, norm, ops, "o_proj")
             second = own.reduce(summands[rank.rank].clone(), None, None, None, ops, "FFN")
+            tokens = own.argmax(first[0], rank.ffn_tp_rank * hidden, "tokens")
             own.end_step()
-            results[rank.rank] += [merged, *first, second[0]]
+            results[rank.rank] += [merged, *first, second[0], tokens]
         own.check()
 
     run(plan, body)
@@ -170,7 +174,8 @@ def test_steps_of_any_size(host: Host, tmp_path: Path, seed: int, monkeypatch: p
             o, lse = (torch.stack([parts[r][i][:, mine].double() for r in rank.groups.cp]) for i in (0, 1))
             total = torch.stack([summands[r].double() for r in rank.groups.ffn_tp]).sum(0)
             exact = TorchOps(shape).add_norm(total, residual.double(), bias.double(), Norm(norm.weight.double(), EPS))
-            wanted += [TorchOps(shape).combine(o, lse).o, *exact, total]
+            # All ranks have the same sums: the first rank's, which is the first column, counts.
+            wanted += [TorchOps(shape).combine(o, lse).o, *exact, total, exact[0].argmax(-1)]
         assert max(map(relative_error, results[rank.rank], wanted)) <= 1e-5
 
 
@@ -186,19 +191,27 @@ def exchanged(comm: Comm, partial: Partial, ops: TorchOps) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("family", "sizes"),
+    ("family", "sizes", "keep_logits"),
     [
-        ("llama", {"tp": 2, "cp": 2}),
-        ("deepseek-v3-lite", {"cp": 3, "ep": 3, "exchange_space": "latent"}),
-        ("deepseek-v3-lite", {"cp": 3, "ep": 3, "exchange_space": "value"}),
-        ("llama", {"tp": 2, "cp": 2, "hop_groups": 2}),
-        ("deepseek-v3-lite", {"cp": 3, "ep": 3, "exchange_space": "latent", "hop_groups": 3}),
+        ("llama", {"tp": 2, "cp": 2}, True),
+        ("llama", {"cp": 3}, False),
+        ("deepseek-v3-lite", {"cp": 3, "ep": 3, "exchange_space": "latent"}, True),
+        ("deepseek-v3-lite", {"cp": 3, "ep": 3, "exchange_space": "value"}, True),
+        ("deepseek-v3-lite", {"tp": 2, "cp": 2}, False),
+        ("llama", {"tp": 2, "cp": 2, "hop_groups": 2}, True),
+        ("deepseek-v3-lite", {"cp": 3, "ep": 3, "exchange_space": "latent", "hop_groups": 3}, False),
     ],
 )
 def test_a_deployment_computes_the_same(
-    family: str, sizes: dict[str, Any], host: Host, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    sizes: dict[str, Any],
+    keep_logits: bool,
+    host: Host,
+    tmp_path: Path,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whole requests through the engine: the logits of collectives."""
+    """Whole requests through the engine: the logits of collectives, and their largest."""
     plan, folder_of = with_kernels(make_plan(family, tmp_path, seed, **sizes), tmp_path)
     source = random.Random(seed)
     requests = tuple(
@@ -223,14 +236,31 @@ def test_a_deployment_computes_the_same(
 
     monkeypatch.setattr(threads, "load_decoder", aligned)
     calls_of(plan, requests, tmp_path / "collective", monkeypatch, keep_logits=True)
-    calls = calls_of(plan, requests, tmp_path / "one_sided", monkeypatch, one_sided_comm, keep_logits=True)
-    assert {call.kind for call in calls[plan.ranks[-1].rank]} <= {"post", "take", "broadcast", "all_gather"}
+    found = Events()
+    calls = calls_of(plan, requests, tmp_path / "one_sided", monkeypatch, one_sided_comm, keep_logits, found)
+    kinds = {"post", "take", "broadcast"} | ({"all_gather"} if keep_logits else set())
+    assert {call.kind for call in calls[plan.ranks[-1].rank]} == kinds, "without need the logits stay where they are"
     assert host.at_rest()
     for comm in made:
         comm.check()
     for request in requests:
-        theirs, ours = (kept_logits(tmp_path / name, request) for name in ("collective", "one_sided"))
-        assert (theirs - ours).abs().max() <= 1e-4
+        theirs = kept_logits(tmp_path / "collective", request)
+        if keep_logits:
+            assert (theirs - kept_logits(tmp_path / "one_sided", request)).abs().max() <= 1e-4
+        for token, logits in zip(tokens_of(found)[request.index], theirs[1:], strict=True):
+            assert logits[token] >= logits.max() - 2e-4
+            if token != logits.argmax():  # a tie, after which the requests go on differently
+                break
+
+
+def tokens_of(events: Events) -> dict[int, list[int]]:
+    """By request."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for event, fields in events.told:
+        if event == "token":
+            found[fields["request"]].append(fields["token"])
+    assert {len(tokens) for tokens in found.values()} == {4}, "the first is the context's"
+    return found
 
 
 def test_from_attention_to_the_exchange(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
@@ -314,6 +344,8 @@ def test_what_does_not_fit_is_refused(host: Host, tmp_path: Path, seed: int) -> 
         (lambda: comm.exchange(Partial(o[:1], lse[:1, 1:]), ops, ""), r"lse has shape \[1, "),
         (lambda: comm.exchange(Partial(o[:1], lse[:1].double()), ops, ""), "lse is torch.float64"),
         (lambda: comm.exchange(Partial(o[:1].half(), lse[:1]), ops, ""), "o is torch.float16"),
+        (lambda: comm.argmax(torch.zeros(rows + 1, 8), 0, ""), f"{rows + 1} rows, expected 1 to {rows}"),
+        (lambda: comm.argmax(x.half(), 0, ""), "x is torch.float16"),
         (lambda: comm.reduce(x, x.half(), None, None, ops, ""), "residual is torch.float16"),
         (lambda: comm.reduce(x, x[:, 1:], None, None, ops, ""), "residual has shape"),
         (lambda: comm.reduce(x, None, x[0, 1:], None, ops, ""), "bias has shape"),
@@ -336,5 +368,5 @@ def test_the_plan_names_the_kernels(tmp_path: Path, seed: int) -> None:
     assert (instance.exchange, instance.reduce_rows) == ("one_sided", instance.max_batch_size)
     collective = replace(instance, exchange="collective", reduce_rows=0)
     some, none = (set(names_for((ARCH,), plan.model, rank, i, 4)) for i in (instance, collective))
-    assert {name.split("_")[0] for name in some - none} == {"exchange", "reduce"}
+    assert {name.split("_")[0] for name in some - none} == {"exchange", "reduce", "argmax"}
     assert none < some

@@ -27,13 +27,22 @@ def test_a_tiny_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None
     assert capfd.readouterr().out.count("c10d::allreduce_") == 4, "a profile for each case and layout"
 
 
+def test_one_rank_alone_is_no_result(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "decode.json"
+    assert decode.main(["--only", "tiny", "--layouts", "tp1", "--out", str(out), "--profile"]) == 0
+    printed = capfd.readouterr().out
+    assert printed.count("tp1: 1 x 40: Measured(") == printed.count("tp1: 3 x 9: Measured(") == 1
+    assert "c10d::" not in printed, "there is nobody to talk to"
+    assert not out.exists()
+
+
 def test_a_process_that_fails_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*arguments: Any) -> Any:
         raise RuntimeError("a process ended with 1; its traceback is above")
 
-    monkeypatch.setattr(decode, "run_pair", broken)
+    monkeypatch.setattr(decode, "run_ranks", broken)
     assert decode.main(["--only", "tiny", "--out", str(tmp_path / "decode.json")]) == 1
     assert "tiny: a process ended with 1" in capfd.readouterr().out
 

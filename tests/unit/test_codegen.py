@@ -220,7 +220,14 @@ def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     specs = select(plan, ("sm_90a", "sm_100a"))
     hopper, other = (names_for((arch,), model, ranks[1], generation, 32) for arch in ("sm_90a", "sm_100a"))
     append, combine = "append_gqa_h16_kv4_d64_r64_b32_bf16", "combine_cp2_p64_bf16"
-    sends = ("batch_r64_b32", "exchange_cp2_h8_p64_bf16", "reduce_n1_d512_bf16", "reduce_n4_d512_bf16")
+    sends = (
+        "batch_r64_b32",
+        "embed_d512_bf16",
+        "exchange_cp2_h8_p64_bf16",
+        "reduce_n1_d512_bf16",
+        "reduce_n4_d512_bf16",
+        "argmax_n4_bf16",
+    )
     of_ffn = (*(f"linear_w{team}_n8" for team in (1, 2, 4, 8)), "gate_up_d512_i1024_n8", "down_d512_i1024_n8")
     rest = (combine, *sends, *of_ffn)
     assert hopper == (append, "gqa_schedule_h16_kv4_d64_b32", "gqa_partial_h16_kv4_d64_b32", *rest)
@@ -228,7 +235,7 @@ def test_a_plan_needs_one_set_of_kernels_a_shape() -> None:
     both = names_for(("sm_90a", "sm_100a"), model, ranks[1], generation, 32)
     assert both == (*hopper, *other[1:3])
     apart = replace(generation, exchange="collective", reduce_rows=0)
-    assert names_for(("sm_90a",), model, ranks[1], apart, 32) == (*hopper[:4], sends[0], sends[2], *of_ffn)
+    assert names_for(("sm_90a",), model, ranks[1], apart, 32) == (*hopper[:4], sends[0], sends[1], sends[3], *of_ffn)
     by_peers = ("handoff_d64_b32_bf16",)
     assert [s.name for s in specs] == [*hopper, *by_peers, *other, *by_peers]
     assert names_for(("sm_90a", "sm_100a"), model, ranks[0], context, 32) == by_peers

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import random
 import secrets
+import threading
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
+from torch import Tensor
 
 from examples.tiny_checkpoint import VOCAB, make_checkpoint
 from helixc.plan.collectives import admission, by_request, collectives, decode_step, handoff, prefill, traffic
 from helixc.plan.rendezvous import Op, flaws
 from helixc.spec.spec import Hardware
+from helixc_runtime import comm
+from helixc_runtime.comm import TorchComm
 from helixc_runtime.job import Request
 from helixc_runtime.manifest import Plan, Rank, local_length, split
 from tests.deployments import plan_of, role
-from tests.threads import Call, calls_of
+from tests.threads import Call, ThreadDist, calls_of
 
 # --- What the runtime does --------------------------------------------------------------------------------------
 
@@ -68,6 +74,9 @@ def test_every_rank_issues_what_was_derived(
     plan = plan_of(str(folder), role(**context), role(**generation), hardware=Hardware(None, gpus_per_node, False))
     assert list(collectives(plan)) == []
     prompt = request(0, random.randint(1, 30), tokens=4)
+    greedy = random.random() < 0.5
+    if not greedy:
+        prompt = replace(prompt, temperature=0.7)
     recorded = calls_of(plan, (prompt,), tmp_path, monkeypatch)
     for rank in plan.ranks:
         instance = plan.instance_of(rank)
@@ -77,7 +86,7 @@ def test_every_rank_issues_what_was_derived(
             expected = derived + moves(plan, rank, prompt)
             assert recorded[rank.rank] == expected, rank.rank
         else:
-            step = [made(op, 1) for op in decode_step(plan, instance, rank)]
+            step = [made(op, 1) for op in decode_step(plan, instance, rank, greedy=greedy)]
             told = [made(op, 1) for op in admission(instance)]
             expected = [*told, *moves(plan, rank, prompt), *step, *step, *step, *told]
             assert recorded[rank.rank] == expected, rank.rank
@@ -103,7 +112,7 @@ def test_groups_are_exchanged_one_after_another(groups: int, tmp_path: Path, mon
 def step_of(plan: Plan, rank: Rank, rows: int, groups: int) -> list[Call]:
     """The calls of a step of so many rows, in so many groups."""
     found, sizes = [], cycle(hi - lo for lo, hi in (split(rows, groups, group) for group in range(groups)))
-    for op in decode_step(plan, plan.instance_of(rank), rank, groups):
+    for op in decode_step(plan, plan.instance_of(rank), rank, groups, greedy=True):
         found.append(made(op, next(sizes) if op.kind == "exchange" else rows))
     return found
 
@@ -130,8 +139,35 @@ def test_traffic_is_the_sum_of_the_step() -> None:
     assert found == {
         "exchange": 61 * 128 * (512 * 2 + 4),
         "all_reduce": (2 * 61 + 1) * 7168 * 2,
-        "all_gather": 129280 // 4 * 4,
+        "all_gather": 129280 // 4 * 2,
     }
+
+
+def test_the_largest_of_all_ranks_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks, shares of 4, 3 and 3 columns: torch's argmax of all; of equal logits the first, NaN before all."""
+    widths, fake = (4, 3, 3), ThreadDist()
+    monkeypatch.setattr(comm, "_all_gather", fake.all_gather)
+    logits = torch.randint(3, (60, 10)).float()
+    logits[::4, secrets.randbelow(10)] = torch.nan
+    logits[1::4] = -torch.inf
+    plan = plan_of("llama-3.1-8b", None, role(tp=2, cp=4))
+    ranks = [replace(rank, groups=replace(rank.groups, ffn_tp=(0, 1, 2))) for rank in plan.ranks[:3]]
+    found: dict[int, Tensor] = {}
+
+    def body(rank: Rank) -> None:
+        fake.become(rank.rank)
+        own = TorchComm(rank, cast(Any, {"ffn_tp": rank.groups.ffn_tp}))
+        x = logits.bfloat16().split(widths, dim=1)[rank.rank]
+        found[rank.rank] = own.argmax(x, sum(widths[: rank.rank]), "tokens")
+
+    threads = [threading.Thread(target=body, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    for tokens in found.values():
+        assert torch.equal(tokens, logits.argmax(-1))
 
 
 # --- What cannot end --------------------------------------------------------------------------------------------

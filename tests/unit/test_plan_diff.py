@@ -140,7 +140,7 @@ def test_moved_kv_against_counting() -> None:
         kv = compare(before, after).kv
         assert kv.before == pytest.approx(len(then) * width / period)
         assert kv.after == pytest.approx(len(now) * width / period)
-        assert kv.moved == pytest.approx(len(now - then) * width / period)
+        assert kv.moved == pytest.approx(len(now - then) * width / period, abs=1e-6)
 
 
 def stored(plan: Plan, positions: int) -> set[tuple[int, int, int, int]]:

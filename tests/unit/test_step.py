@@ -87,14 +87,14 @@ def test_padding_changes_nothing(family: str, tmp_path: Path) -> None:
             for pages in (layer.k, layer.v):
                 if pages is not None:
                     pages.copy_(torch.randn(pages.shape, generator=generator))
-        step = DecodeStep(decoder, ops, cache)
+        step = DecodeStep(decoder, ops, cache, keep_logits=True)
         inputs = []
         for index, slot in enumerate(slots):
             cache.reserve(Row(index, slot, 20, 40))
             inputs.append(RowInput(slot, 17 + index, 20 + 3 * index, True, 0.8 * index, 0.9, seed))
         step.assign(inputs)
         result = step()
-        assert result is not None
+        assert result is not None and result.logits is not None
         assert len(result.tokens) == {(0, 1): 2, (0, 5): 8}[slots]
         results[slots] = [(result.logits[slot].clone(), int(result.tokens[slot])) for slot in slots], cache.layers
     (alone, caches), (padded, padded_caches) = results.values()
@@ -195,6 +195,9 @@ class _Nothing:
 
     def begin_step(self, batch: DecodeBatch) -> None:
         pass
+
+    def embed(self, tokens: Tensor, table: Tensor, first: int) -> Tensor:
+        return table.new_empty(len(tokens), table.shape[1])
 
     def append(self, new: Projections, cache: LayerCache, batch: DecodeBatch) -> Tensor:
         q = new.q_latent if isinstance(new, MlaProjections) else new.q

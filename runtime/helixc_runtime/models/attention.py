@@ -18,7 +18,7 @@ from helixc_runtime.manifest import Mla, ModelArch, Space
 from helixc_runtime.models.layers import rms_norm
 from helixc_runtime.models.pipeline import Pipeline
 from helixc_runtime.models.rotary import Rotary, rotate
-from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaProjections, Norm, Ops, Partial, SplitPartial
+from helixc_runtime.ops import DecodeBatch, GqaProjections, LayerCache, MlaUnabsorbed, Norm, Ops, Partial, SplitPartial
 from helixc_runtime.weights import Weights
 
 Linear = Callable[[Tensor, Tensor], Tensor]  # x, weight: see Ops.linear
@@ -109,7 +109,8 @@ class MlaAttention:
         self.arch, self.mla, self.weights, self.rotary, self.space = arch, mla, weights, rotary, space
 
     def prefill(self, layer: int, x: Tensor, angles: tuple[Tensor, Tensor], keep: Keep) -> tuple[Tensor, Tensor]:
-        q_nope, q_rope, kv = self._project(layer, x, F.linear, lambda low, norm: rms_norm(low, *norm))
+        q, kv = self._project(layer, x, F.linear, lambda low, norm: rms_norm(low, *norm))
+        q_nope, q_rope = torch.split(q, [self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim], dim=-1)
         latent = rms_norm(kv[:, : self.mla.kv_lora_rank], self.weights("kv_a_norm", layer), LATENT_NORM_EPS)
         k_rope = kv[:, self.mla.kv_lora_rank :].unsqueeze(1)  # [L, 1, rope]
         q_rope, k_rope = (rotate(t, *angles, interleaved=self.rotary.interleaved) for t in (q_rope, k_rope))
@@ -124,12 +125,11 @@ class MlaAttention:
     def decode(
         self, layer: int, x: Tensor, cache: LayerCache, batch: DecodeBatch, ops: Ops, pipeline: Pipeline
     ) -> Tensor:
-        q_nope, q_rope, kv = self._project(
+        q, kv = self._project(
             layer, x, ops.linear, lambda low, norm: ops.add_norm(low.contiguous(), None, None, norm)[1]
         )
-        absorbed = ops.linear(q_nope, self.weights("k_up", layer).transpose(1, 2))
-        new = MlaProjections(absorbed, q_rope, kv, self.weights("kv_a_norm", layer))
-        q = ops.append(new, cache, batch)
+        k_up = self.weights("k_up", layer).transpose(1, 2)  # [H, latent, nope]
+        q = ops.append(MlaUnabsorbed(q, k_up, kv, self.weights("kv_a_norm", layer)), cache, batch)
         v_up, before = self.weights("v_up", layer), self.space == "value"
 
         def attend(q: Tensor, group: DecodeBatch) -> Partial | SplitPartial:
@@ -143,8 +143,8 @@ class MlaAttention:
         out = out if before else ops.linear(out, v_up)
         return ops.linear(out.flatten(1), self.weights("o", layer))
 
-    def _project(self, layer: int, x: Tensor, linear: Linear, normed: Normed) -> tuple[Tensor, Tensor, Tensor]:
-        """q_nope [N, H, nope] and q_rope [N, H, rope] of all heads attended before the exchange; kv [N, latent + rope].
+    def _project(self, layer: int, x: Tensor, linear: Linear, normed: Normed) -> tuple[Tensor, Tensor]:
+        """q [N, H, nope + rope] of all heads attended before the exchange; kv [N, latent + rope].
 
         kv is the latent and the shared rope key, neither normed nor rotated.
         """
@@ -154,9 +154,7 @@ class MlaAttention:
             low, kv = _project_by(self.weights, ("q_a", "kv_a"), layer, x, linear)
             low = normed(low, Norm(self.weights("q_a_norm", layer), LATENT_NORM_EPS))
             q = linear(low, self.weights("q_b", layer))
-        nope, rope = self.mla.qk_nope_head_dim, self.mla.qk_rope_head_dim
-        q = q.view(len(x), -1, nope + rope)
-        return q[..., :nope], q[..., nope:], kv
+        return q.view(len(x), -1, self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim), kv
 
 
 def _project_by(weights: Weights, names: tuple[str, ...], layer: int, x: Tensor, linear: Linear) -> list[Tensor]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from helixc_runtime.comm import Comm
-from helixc_runtime.manifest import WITHOUT_HOP, Hop, ModelArch, Rank, split
+from helixc_runtime.manifest import WITHOUT_HOP, Hop, ModelArch, Range, Rank, split
 from helixc_runtime.models.attention import Keep, Linear, make_attention, unchanged
-from helixc_runtime.models.layers import mixture, mixture_weights, mlp, mlp_weights, rms_norm
+from helixc_runtime.models.layers import embed, mixture, mixture_weights, mlp, mlp_weights, rms_norm
 from helixc_runtime.models.pipeline import Pipeline
 from helixc_runtime.models.rotary import Rotary
 from helixc_runtime.ops import DecodeBatch, LayerCache, Norm, Ops
@@ -85,11 +85,10 @@ class Decoder:
         """
         attention = make_attention(self.arch, self.weights, rotary, self.rank.exchange_space)
         pipeline = Pipeline(self.hop, len(self.rank.groups.cp), batch, ops, self.comm)
-        self.comm.begin_step()
         first, end = self.rank.layers
         norm = self._norm("input_norm", first)
         if self.is_first:
-            x, normed = self.comm.reduce(self._own_rows(tokens), None, None, norm, ops, "embedding")
+            x, normed = self.comm.reduce(self._own_rows(tokens, ops.embed), None, None, norm, ops, "embedding")
         else:
             x, normed = ops.add_norm(self._received(len(tokens)), None, None, norm)
         for layer in range(first, end):
@@ -98,7 +97,6 @@ class Decoder:
             x, normed = self.comm.reduce(attended, x, bias, norm, ops, f"layer {layer} o_proj")
             computed = self._ffn_step(layer, normed, ops)
             x, normed = self.comm.reduce(computed, x, None, self._norm_after(layer), ops, f"layer {layer} FFN")
-        self.comm.end_step()
         self._pass_on(x)
         return normed
 
@@ -108,11 +106,16 @@ class Decoder:
 
     def head(self, normed: Tensor, linear: Linear = F.linear) -> Tensor:
         """Logits [N, vocab] float32, the same on every rank of the last stage, of normed hidden states [N, hidden]."""
-        local = linear(normed, self.weights("head")).float()
+        local = linear(normed, self.weights("head"))
         parts = len(self.rank.groups.ffn_tp)
         sizes = [hi - lo for lo, hi in (split(self.arch.vocab_size, parts, i) for i in range(parts))]
         gathered = self.comm.all_gather(F.pad(local, (0, max(sizes) - local.shape[1])), "ffn_tp")
-        return torch.cat([part[:, :size] for part, size in zip(gathered, sizes, strict=True)], dim=1)
+        return torch.cat([part[:, :size] for part, size in zip(gathered, sizes, strict=True)], dim=1).float()
+
+    def greedy(self, normed: Tensor, linear: Linear) -> Tensor:
+        """head(normed).argmax(-1), [N] int64, for which no logit has to leave its rank."""
+        first, _ = self._own_vocabulary()
+        return self.comm.argmax(linear(normed, self.weights("head")), first, "tokens")
 
     def _layer(self, layer: int, x: Tensor, attend: Attend) -> Tensor:
         """One layer of a prompt."""
@@ -154,11 +157,13 @@ class Decoder:
         return ops.mlp(x, mlp_weights(self.weights, layer))
 
     def _embedded(self, tokens: Tensor) -> Tensor:
-        return self.comm.all_reduce(self._own_rows(tokens), "ffn_tp")
+        return self.comm.all_reduce(self._own_rows(tokens, embed), "ffn_tp")
 
-    def _own_rows(self, tokens: Tensor) -> Tensor:
+    def _own_rows(self, tokens: Tensor, embed: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
         """The vocabulary is sharded: rows of other ranks contribute zeros to the sum."""
-        table = self.weights("embed")
-        lo, hi = split(self.arch.vocab_size, len(self.rank.groups.ffn_tp), self.rank.ffn_tp_rank)
-        mine = (tokens >= lo) & (tokens < hi)
-        return table[(tokens - lo).clamp(0, hi - lo - 1)].masked_fill(~mine.unsqueeze(1), 0.0)
+        first, _ = self._own_vocabulary()
+        return embed(tokens, self.weights("embed"), first)
+
+    def _own_vocabulary(self) -> Range:
+        """Tokens whose embedding and logits are this rank's."""
+        return split(self.arch.vocab_size, len(self.rank.groups.ffn_tp), self.rank.ffn_tp_rank)

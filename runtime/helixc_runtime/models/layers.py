@@ -22,6 +22,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def embed(tokens: Tensor, table: Tensor, first: int) -> Tensor:
+    """[N, hidden]: what `table` [V, hidden], the vocabulary from token `first` on, has for tokens [N]; else zeros."""
+    rows = tokens - first
+    outside = (rows < 0) | (rows >= len(table))
+    return table[rows.clamp(0, len(table) - 1)].masked_fill(outside.unsqueeze(1), 0.0)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """See Ops.linear: [N, in] by [out, in], or [N, H, in] by [H, out, in]."""
     return F.linear(x, weight) if weight.dim() == 2 else torch.einsum("nhi,hoi->nho", x, weight)

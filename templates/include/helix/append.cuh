@@ -66,12 +66,12 @@ template <class C> struct Angles {
   Chunk<float, Layout<C>::kPairs> cos[Layout<C>::kRunChunks], sin[Layout<C>::kRunChunks];
 };
 
-// The first kChunks chunks of each lane. Chunks that are not there are 0.
-template <class C, int kChunks>
+// Chunks kFirst to kChunks of each lane; the others, and those that are not there, are 0.
+template <class C, int kChunks, int kFirst = 0>
 HELIX_DEVICE Vector<C> load(const typename C::Element* plain, const typename C::Element* rotary, int lane, bool active) {
   Vector<C> vector = {};
 #pragma unroll
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
+  for (int chunk = kFirst; chunk < kChunks; ++chunk) {
     const int at = column<C>(chunk, lane);
     if (active && at < C::head_dim)
       vector.chunks[chunk].load(chunk < Layout<C>::kPlainChunks ? plain + at : rotary + (at - Layout<C>::kPlain));
@@ -132,9 +132,9 @@ template <class C> HELIX_DEVICE void rotate(Vector<C>& vector, const Angles<C>& 
     }
 }
 
-template <class C, class To> HELIX_DEVICE void store(To* to, const Vector<C>& vector, int lane) {
+template <class C, int kFirst = 0, class To> HELIX_DEVICE void store(To* to, const Vector<C>& vector, int lane) {
 #pragma unroll
-  for (int chunk = 0; chunk < Layout<C>::kChunks; ++chunk) {
+  for (int chunk = kFirst; chunk < Layout<C>::kChunks; ++chunk) {
     const int at = column<C>(chunk, lane);
     if (at < C::head_dim) converted<To>(vector.chunks[chunk]).store(to + at);
   }
@@ -172,17 +172,19 @@ template <class C> HELIX_DEVICE bool owns(const AppendArguments<C>& a, int row) 
   return row < a.rows && a.owned[row];
 }
 
-template <class C> HELIX_DEVICE void append_query(const AppendArguments<C>& a, int index, int lane) {
+// Its chunks from kFirst on: the others may be somebody else's, where there is no norm.
+template <class C, int kFirst = 0> HELIX_DEVICE void append_query(const AppendArguments<C>& a, int index, int lane) {
   using L = Layout<C>;
+  static_assert(kFirst == 0 || !C::qk_norm, "a norm is of all chunks");
   const int row = index / C::heads, head = index % C::heads;
   const bool active = row < a.rows;
   const i64 plain = i64(row) * a.q_plain_row + i64(head) * a.q_plain_head;
   const i64 rotary = i64(row) * a.q_rotary_row + i64(head) * a.q_rotary_head, angle = i64(row) * (C::rope_dim / 2);
-  Vector<C> q = load<C, L::kChunks>(a.q_plain + plain, a.q_rotary + rotary, lane, active);
+  Vector<C> q = load<C, L::kChunks, kFirst>(a.q_plain + plain, a.q_rotary + rotary, lane, active);
   const Angles<C> angles = load_angles<C>(a.cos + angle, a.sin + angle, lane, active);
   if constexpr (C::qk_norm) normalize<C>(q, load<C, L::kNormedChunks>(a.q_norm, a.q_norm + L::kPlain, lane, true));
   rotate<C>(q, angles);
-  if (active) store<C>(a.q_out + i64(index) * C::head_dim, q, lane);
+  if (active) store<C, kFirst>(a.q_out + i64(index) * C::head_dim, q, lane);
 }
 
 template <class C> HELIX_DEVICE void append_key(const AppendArguments<C>& a, int index, int lane) {

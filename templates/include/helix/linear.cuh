@@ -53,10 +53,11 @@ template <class C> struct LinearWork {
   }
 };
 
-template <class C> HELIX_DEVICE void linear(const LinearArguments& a) {
+// By thread block `block` of `blocks`.
+template <class C> HELIX_DEVICE void linear(const LinearArguments& a, int block, int blocks) {
   __shared__ Sums<C> sums;
   const LinearWork<C> work(a);
-  Skinny<C, LinearWork<C>> skinny(work);
+  Skinny<C, LinearWork<C>> skinny(work, block, blocks);
   skinny.fetch();
   skinny.prefetch();
   wait_for_previous_kernels();

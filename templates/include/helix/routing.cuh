@@ -4,21 +4,10 @@
 // of the scores' bits in an order that compares as unsigned integers, then of the expert's number: of equal scores the
 // lower expert wins. All of it takes a few hundred cycles, so every thread block that needs the routing computes it.
 #pragma once
+#include "helix/ordered.cuh"
 #include "helix/warp.cuh"
 
 namespace helix {
-
-// Not the key of any score: that of an expert that is taken or is none.
-constexpr u32 kTaken = 0;
-
-// Order of floats as order of unsigned integers, above kTaken. NaN lies above or below all numbers, by its sign.
-HELIX_DEVICE u32 ordered(float x) {
-  const u32 bits = bits_of(x), key = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return key == kTaken ? kTaken + 1 : key;
-}
-
-// The score whose order is `key`.
-HELIX_DEVICE float score_of(u32 key) { return __int_as_float(int(key & 0x80000000u ? key & 0x7fffffffu : ~key)); }
 
 // The largest of the warp's keys, and which expert has it. Lane l's key i is that of expert 32 * i + l.
 template <int count> HELIX_DEVICE void best(const u32 (&keys)[count], u32& key, int& expert) {

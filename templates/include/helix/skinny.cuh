@@ -84,12 +84,14 @@ template <class C> struct Sums {
 template <class C, class Work> struct Skinny {
   static constexpr int kWarps = C::threads / kWarp, kTeams = kWarps / C::team;
   const Work& work;
-  Unit<C::eights> unit;  // the next
-  Slab slab;             // its weights
-  int tile, index;       // its place
+  Unit<C::eights> unit;     // the next
+  Slab slab;                // its weights
+  const int block, blocks;  // of those that share the work
+  int tile, index;          // the next unit's place
 
-  HELIX_DEVICE explicit Skinny(const Work& work)
-      : work(work), tile(int(blockIdx.x) * kTeams + team()), index(member()) {}
+  HELIX_DEVICE Skinny(const Work& work, int block, int blocks)
+      : work(work), block(block), blocks(blocks), tile(block * kTeams + team()), index(member()) {}
+  HELIX_DEVICE explicit Skinny(const Work& work) : Skinny(work, int(blockIdx.x), int(gridDim.x)) {}
 
   static HELIX_DEVICE int team() { return int(threadIdx.x) / kWarp / C::team; }
   static HELIX_DEVICE int member() { return int(threadIdx.x) / kWarp % C::team; }
@@ -116,9 +118,9 @@ template <class C, class Work> struct Skinny {
 
   // All tiles of this block, after the first fetch().
   HELIX_DEVICE void run(Sums<C>& shared) {
-    const int rounds = (work.units() + C::team - 1) / C::team, stride = int(gridDim.x) * kTeams;
+    const int rounds = (work.units() + C::team - 1) / C::team, stride = blocks * kTeams;
     int half = 0;
-    for (int first = int(blockIdx.x) * kTeams; first < work.tiles(); first += stride, half ^= 1) {
+    for (int first = block * kTeams; first < work.tiles(); first += stride, half ^= 1) {
       const int mine = first + team();
       float sums[C::eights][4] = {};
       for (int round = 0; round < rounds; ++round) {
