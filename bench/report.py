@@ -139,6 +139,7 @@ def exchange(result: dict[str, Any]) -> str:
     text = f"""Machine: two of {_machine(result)}.
 Repeat with `python bench/exchange.py`: two processes, a GPU each; one call among many in a CUDA graph that both replay,
 medians. NCCL's inputs lie as it wants them. "NCCL, ours" is NCCL with our kernel for the rest, the fallback.
+{result.get("note", "")}
 """
     sections = [_section("Exchange and reduction between two GPUs", text, (), [])]
     tables = (
