@@ -330,7 +330,7 @@ MLA, QWEN3 = "mla fp8", "qwen3 fp8"
         (MLA, "return row < a.rows && a.owned[row];", "return row < a.rows;"),
         (MLA, "scales + token, vector", "scales + token / 2, vector"),
         (MLA, "chunk < Layout<C>::kChunks; ++chunk) largest", "chunk < 1; ++chunk) largest"),
-        (MLA, "scale_of(warp_max_bits<C::lanes>(largest))", "scale_of(largest)"),
+        (MLA, "u8 byte = scale_of(warp_max_bits<C::lanes>(largest))", "u8 byte = scale_of(largest)"),
         (MLA, "0x7fffffu - 0x600000u", "0x7fffffu"),
         (MLA, "254 - int(scale)", "255 - int(scale)"),
         ("llama", "slot % C::block", "(slot + 1) % C::block"),
