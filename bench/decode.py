@@ -19,7 +19,6 @@ import json
 import math
 import multiprocessing
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -39,6 +38,7 @@ import torch.distributed as dist  # noqa: E402
 from bench.gpu_timing import copy_bandwidth, earlier_rows, machine  # noqa: E402
 from helixc.build import build, build_without_kernels, make_plan  # noqa: E402
 from helixc.hardware import GPUS  # noqa: E402
+from helixc.launch.host import free_port  # noqa: E402
 from helixc.model import read_model  # noqa: E402
 from helixc.spec.spec import RoleSpec  # noqa: E402
 from helixc_runtime.artifact import load  # noqa: E402
@@ -322,12 +322,6 @@ def run_ranks(study: Study, folder: Path, on_gpu: bool, profile: bool) -> None:
             process.join()
     if codes := [process.exitcode for process in ranks if process.exitcode]:
         raise RuntimeError(f"a process ended with {codes[0]}; its traceback is above")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run_rank(study: Study, folder: Path, on_gpu: bool, profile: bool, rank: int, ports: Sequence[int]) -> None:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import shutil
-import socket
 import statistics
 import sys
 import tempfile
@@ -33,6 +31,7 @@ import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from bench.gpu_timing import machine  # noqa: E402
+from bench.pair import start_pair  # noqa: E402
 from helixc.codegen.build import compile_all, render_all  # noqa: E402
 from helixc.codegen.problem import handoff  # noqa: E402
 from helixc_runtime.cubin import device_arch  # noqa: E402
@@ -49,8 +48,6 @@ TOKENS = (1024, 8192, 32768)
 REPEATS: dict[Handoff, int] = {"peer": 9, "host": 3}
 PATIENCE_S, DEADLINE_S, BLOCK = 30.0, 60.0, 64
 WAYS: tuple[Handoff, ...] = ("peer", "host")
-
-_spawn = multiprocessing.get_context("spawn")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,17 +88,7 @@ def measure(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         plans = [compiled(*case, max(lengths) + BLOCK, folder) for case in cases]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        pipes, processes = [], []
-        for index in range(2):
-            ours, theirs = _spawn.Pipe(duplex=False)
-            given = (index, port, plans, folder, lengths, repeats, gpus, seed, theirs)
-            processes.append(_spawn.Process(target=_process, args=given, daemon=True))
-            processes[-1].start()
-            theirs.close()
-            pipes.append(ours)
+        pipes, processes = start_pair(_process, plans, folder, lengths, repeats, gpus, seed)
         try:
             yield from _rows(pipes, seed)
         finally:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from helixc.codegen.build import compile_all, render_all
 from helixc.codegen.problem import KernelSpec
 from helixc.codegen.select import select
+from helixc.launch.host import free_port
 from helixc_runtime.attention_shape import attention_shape
 from helixc_runtime.manifest import Kernel, Plan
 from helixc_runtime.one_sided import OneSidedComm
@@ -90,18 +91,7 @@ def run_pair(
     deadline: float = 120.0,
 ) -> list[Ending]:
     """`body(side, *arguments)` in both processes; what is there `deadline` seconds later is killed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pipes: list[Connection] = []
-    processes = []
-    for index in range(2):
-        ours, theirs = _spawn.Pipe(duplex=False)
-        given = (index, port, plan, folder, seed, patience, body, arguments, theirs)
-        processes.append(_spawn.Process(target=_process, args=given, daemon=True))
-        processes[-1].start()
-        theirs.close()
-        pipes.append(ours)
+    pipes, processes = start_pair(_process, plan, folder, seed, patience, body, arguments)
     endings: dict[Connection, Ending] = {}
     end = time.monotonic() + deadline
     while len(endings) < len(pipes) and (left := end - time.monotonic()) > 0:
@@ -127,6 +117,18 @@ def _ending(pipe: Connection) -> Ending:
         return Ending(*pipe.recv())
     except EOFError:
         return Ending("gone")
+
+
+def start_pair(main: Callable[..., None], *arguments: Any) -> tuple[list[Connection], list[BaseProcess]]:
+    """Our ends of the pipes, and the processes: two of `main(index, port, *arguments, pipe)`, which meet there."""
+    port, pipes, processes = free_port(), [], []
+    for index in range(2):
+        ours, theirs = _spawn.Pipe(duplex=False)
+        processes.append(_spawn.Process(target=main, args=(index, port, *arguments, theirs), daemon=True))
+        processes[-1].start()
+        theirs.close()
+        pipes.append(ours)
+    return pipes, processes
 
 
 def _process(

@@ -8,6 +8,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from helixc.spec.spec import Hardware
 from helixc_runtime.handoff import Outbox, receive
 from helixc_runtime.job import Request
 from helixc_runtime.kv import KvCache, Row
-from helixc_runtime.manifest import Plan, Rank, global_position
-from helixc_runtime.page_writer import PageWriter
+from helixc_runtime.manifest import Plan, Rank, global_position, local_length
+from helixc_runtime.page_writer import PageKernel, PageWriter
 from helixc_runtime.quantize import quantize
 from tests.deployments import role, spec
 
@@ -97,6 +98,26 @@ def prompt_kv(plan: Plan, length: int, generator: torch.Generator) -> list[Tenso
         kv.to(getattr(torch, plan.model.dtype)) if arch.mla else kv.to(getattr(torch, plan.model.dtype)).transpose(1, 2)
         for kv in drawn
     ]
+
+
+def check_launches(case: Case, plan: Plan, folder: Path, device: torch.device = CPU) -> None:
+    """Every sender's launches into every target's arena, bit by bit; `plan`: the case's, its kernels in `folder`."""
+    caches = {rank.rank: case.cache(rank, device) for rank in case.ranks("generation")}
+    context, generation = plan.instances
+    for t in plan.transfers:
+        source, target = plan.ranks[context.ranks[t.source]], plan.ranks[generation.ranks[t.target]]
+        cache, row = caches[target.rank]
+        tokens = local_length(len(case.request.token_ids), plan.tokens_per_block, generation.cp, t.cp_rank)
+        if tokens:
+            pages = torch.tensor(cache.pages(row), dtype=torch.int32)
+            cached = [kv.to(device) for kv in case.computed_by(source)]
+            kernel = PageKernel(plan, source, plan.kernels, folder, device)
+            kept = kernel.launch(t, target, cache.arena.memory.data_ptr(), cached, pages, tokens)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            assert kept
+    for rank, (cache, row) in caches.items():
+        check_cache(case, plan.ranks[rank], cache, row)
 
 
 def check_cache(case: Case, rank: Rank, cache: KvCache, row: Row) -> int:

@@ -35,10 +35,14 @@ class DeviceChoice:
 def this_host() -> Host:
     """This interpreter, the CPUs it may run on, and a TCP port that is free now."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return Host(sys.executable, runtime_pythonpath(os.environ.get("PYTHONPATH")), cores, free_port())
+
+
+def free_port() -> int:
+    """A TCP port of this host that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    return Host(sys.executable, runtime_pythonpath(os.environ.get("PYTHONPATH")), cores, port)
+        return int(probe.getsockname()[1])
 
 
 def find_gpus() -> Gpus:

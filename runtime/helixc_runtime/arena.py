@@ -16,10 +16,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from helixc_runtime.peer_memory import PeerMemoryError
+from helixc_runtime.peer_memory import Handle, PeerMemoryError, check, map_handle
 
-_HANDLE_BYTES = 64
-_LAZY_ENABLE_PEER_ACCESS = 1  # CUipcMem_flags
+_SHARING = "sharing KV pages between processes"
+_WAY_OUT = "Compile the deployment with HELIXC_HOST_HANDOFF=1 if its ranks cannot write into each other's memory"
 
 
 class Arena:
@@ -44,11 +44,12 @@ class Arena:
             assert self._file is not None, "the arena was not made to be shared"
             return json.dumps({"process": os.getpid(), "file": self._file})
         driver, address = _driver(), ctypes.c_uint64(self.memory.data_ptr())
-        base, whole, handle = ctypes.c_uint64(), ctypes.c_size_t(), _Handle()
+        base, whole, handle = ctypes.c_uint64(), ctypes.c_size_t(), Handle()
         with _current(self.memory.device):
             # What is shared is the whole allocation, in which torch has placed us.
-            _check(driver, driver.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(whole), address), "sharing")
-            _check(driver, driver.cuIpcGetMemHandle(ctypes.byref(handle), base), "sharing")
+            found = driver.cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(whole), address)
+            check(driver, found, _SHARING, _WAY_OUT)
+            check(driver, driver.cuIpcGetMemHandle(ctypes.byref(handle), base), _SHARING, _WAY_OUT)
         return json.dumps({"ipc": bytes(handle.bytes).hex(), "offset": address.value - base.value})
 
 
@@ -70,18 +71,10 @@ def map_gpu_arena(handle: str, device: torch.device) -> int:
 
     It stays mapped until the process ends. Raises PeerMemoryError.
     """
-    place, driver, address = json.loads(handle), _driver(), ctypes.c_uint64()
-    theirs = _Handle.from_buffer_copy(bytes.fromhex(place["ipc"]))
+    place, driver = json.loads(handle), _driver()
     with _current(device):
-        opened = driver.cuIpcOpenMemHandle_v2(ctypes.byref(address), theirs, _LAZY_ENABLE_PEER_ACCESS)
-        _check(driver, opened, "mapping")
-    return address.value + int(place["offset"])
-
-
-class _Handle(ctypes.Structure):
-    """CUipcMemHandle of cuda.h, which is passed by value."""
-
-    _fields_ = (("bytes", ctypes.c_uint8 * _HANDLE_BYTES),)
+        base = map_handle(driver, bytes.fromhex(place["ipc"]), "mapping KV pages between processes", _WAY_OUT)
+    return base.value + int(place["offset"])
 
 
 @contextlib.contextmanager
@@ -92,16 +85,5 @@ def _current(device: torch.device) -> Iterator[None]:
         yield
 
 
-_WAY_OUT = "Compile the deployment with HELIXC_HOST_HANDOFF=1 if its ranks cannot write into each other's memory"
-
-
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
-
-
-def _check(driver: ctypes.CDLL, status: int, what: str) -> None:
-    if status:
-        name = ctypes.c_char_p()
-        driver.cuGetErrorName(status, ctypes.byref(name))
-        said = name.value.decode() if name.value else f"error {status}"
-        raise PeerMemoryError(f"{what} KV pages between processes: the CUDA driver says {said}. {_WAY_OUT}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 from collections import defaultdict
@@ -16,6 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from helixc.artifact import write
+from helixc.launch.host import free_port
 from helixc_runtime.job import Job, Request
 from helixc_runtime.manifest import Plan
 
@@ -53,9 +53,7 @@ def deploy(
     write(artifact, plan, "", {}, nvrtc=None)
     run_dir.mkdir()
     job = Job(str(artifact), None, "cpu", tuple(requests), keep_logits=True, deadline_s=60, threads=1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = [
         _fork.Process(target=_rank, args=(job, rank.rank, len(plan.ranks), run_dir, port, sabotage), daemon=True)
         for rank in plan.ranks

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from examples.tiny_checkpoint import make_checkpoint
 from helixc.artifact import write
 from helixc.launch.failures import Symptom, reported
+from helixc.launch.host import free_port
 from helixc.launch.launch_plan import Process
 from helixc_runtime import handoff, page_writer
 from helixc_runtime.job import Job
@@ -77,9 +77,7 @@ def test_the_others_end_by_themselves(
     run_dir.mkdir()
     requests = (request(0, range(20), 4), request(1, range(9), 4))
     job = Job(str(tmp_path / "artifact"), None, "cpu", requests, False, PATIENCE_S, 1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     given = [(job, rank.rank, len(plan.ranks), run_dir, port, sabotage) for rank in plan.ranks]
     ranks = [_fork.Process(target=_rank, args=arguments, daemon=True) for arguments in given]
     for process in ranks:

@@ -14,11 +14,9 @@ from bench.handoff import measure
 from helixc.codegen.build import compile_all, render_all
 from helixc.codegen.problem import handoff
 from helixc_runtime.cubin import device_arch
-from helixc_runtime.manifest import local_length
-from helixc_runtime.page_writer import PageKernel
 from tests.deployments import role
 from tests.gpu.launches import compiled, launch
-from tests.handoff_cases import LAYOUTS, check_cache, random_case
+from tests.handoff_cases import LAYOUTS, check_launches, random_case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -35,21 +33,7 @@ def test_pages(layout: Any, dtype: str, kv_dtype: str, tmp_path: Path, seed: int
     (cubin,) = compile_all(render_all([handoff(case.plan.model, case.plan.tokens_per_block, device_arch(device))]))
     shutil.copytree(cubin.directory, tmp_path / "kernels" / cubin.directory.name)
     plan = replace(case.plan, kernels=(cubin.kernel(),))
-    caches = {rank.rank: case.cache(rank, device) for rank in case.ranks("generation")}
-    context, generation = plan.instances
-    for t in plan.transfers:
-        source, target = plan.ranks[context.ranks[t.source]], plan.ranks[generation.ranks[t.target]]
-        cache, row = caches[target.rank]
-        tokens = local_length(len(case.request.token_ids), plan.tokens_per_block, generation.cp, t.cp_rank)
-        if tokens:
-            pages = torch.tensor(cache.pages(row), dtype=torch.int32)
-            cached = [kv.to(device) for kv in case.computed_by(source)]
-            kernel = PageKernel(plan, source, plan.kernels, tmp_path, device)
-            kept = kernel.launch(t, target, cache.arena.memory.data_ptr(), cached, pages, tokens)
-            torch.cuda.synchronize(device)
-            assert kept
-    for rank, (cache, row) in caches.items():
-        check_cache(case, plan.ranks[rank], cache, row)
+    check_launches(case, plan, tmp_path, device)
 
 
 @pytest.mark.parametrize(("model", "kv_dtype"), [("deepseek-v3-lite", "fp8"), ("llama-3.1-8b", "auto")])

@@ -18,9 +18,9 @@ from helixc.codegen.build import render_all
 from helixc.codegen.problem import handoff
 from helixc_runtime import ops_cuda, page_writer
 from helixc_runtime.arena import Arena
-from helixc_runtime.manifest import Plan, Rank, local_length
+from helixc_runtime.manifest import Plan, Rank
 from helixc_runtime.page_writer import CudaPageWriter, PageKernel
-from tests.handoff_cases import CPU, LAYOUTS, check_cache, hand_over, random_case
+from tests.handoff_cases import CPU, LAYOUTS, check_cache, check_launches, hand_over, random_case
 from tests.simt.bugs import Bug, planted
 from tests.simt.cpu_kernel import CpuKernel, Gpu, build
 
@@ -45,18 +45,7 @@ def check_pages(
     """Every sender's launches into every target's arena."""
     case = random_case(layout, kv_dtype, seed, dtype=dtype, lengths=(33, 70), blocks=(4, 16))
     plan = with_kernel(case.plan, folder, monkeypatch, root)
-    caches = {rank.rank: case.cache(rank) for rank in case.ranks("generation")}
-    context, generation = plan.instances
-    for t in plan.transfers:
-        source, target = plan.ranks[context.ranks[t.source]], plan.ranks[generation.ranks[t.target]]
-        cache, row = caches[target.rank]
-        tokens = local_length(len(case.request.token_ids), plan.tokens_per_block, generation.cp, t.cp_rank)
-        if tokens:
-            pages = torch.tensor(cache.pages(row), dtype=torch.int32)
-            kernel = PageKernel(plan, source, plan.kernels, folder, CPU)
-            kernel.launch(t, target, cache.arena.memory.data_ptr(), case.computed_by(source), pages, tokens)
-    for rank, (cache, row) in caches.items():
-        check_cache(case, plan.ranks[rank], cache, row)
+    check_launches(case, plan, folder)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["mla", "gqa pp", "gqa tp", "gqa copies"])
