@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from helixc_runtime import arena as arena_module
-from helixc_runtime import handoff, page_writer
+from helixc_runtime import engine, handoff, page_writer
 from helixc_runtime.arena import Arena, map_arena, map_gpu_arena
 from helixc_runtime.handoff import HandoffError, HandoffLost
 from helixc_runtime.manifest import Rank, Transfer
@@ -278,3 +279,45 @@ def test_the_handle_of_a_gpus_arena(monkeypatch: pytest.MonkeyPatch) -> None:
     for call in (arena.handle, lambda: map_gpu_arena(handle, GpuMemory.device)):
         with pytest.raises(PeerMemoryError, match=r"CUDA_ERROR_PEER_ACCESS_UNSUPPORTED\. .*HELIXC_HOST_HANDOFF=1"):
             call()
+
+
+@pytest.mark.parametrize("error", [HandoffError, HandoffLost])
+def test_pages_are_given_back_if_nobody_writes_them(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """A peer that is lost may still write."""
+
+    def fail(*arguments: object) -> None:
+        raise error("the copy")
+
+    monkeypatch.setattr(engine, "receive", fail)
+    case = random_case(LAYOUTS[0], "auto", seed)
+    rank = case.ranks("generation")[0]
+    generation: Any = engine.Generation.__new__(engine.Generation)
+    generation.cache, row = case.cache(rank)
+    generation.session = SimpleNamespace(plan=case.plan, rank=rank, job=SimpleNamespace(deadline_s=1.0))
+    generation.transport, held = None, list(generation.cache.pages(row))
+    with pytest.raises(error, match="the copy"):
+        generation._receive(case.request, row)
+    if error is HandoffLost:
+        assert generation.cache.pages(row) == held
+    else:
+        with pytest.raises(KeyError):
+            generation.cache.pages(row)
+
+
+def test_a_request_is_offered_when_all_its_ranks_are_ready(seed: int) -> None:
+    counts: dict[str, int] = {}
+    offered: dict[str, str] = {}
+
+    def add(key: str, by: int) -> int:
+        counts[key] = counts.get(key, 0) + by
+        return counts[key]
+
+    store, request = SimpleNamespace(add=add, set=offered.__setitem__), random_case(LAYOUTS[0], "auto", seed).request
+    session: Any = SimpleNamespace(connection=SimpleNamespace(store=store), instance=SimpleNamespace(ranks=(0, 1, 2)))
+    for _ in range(2):
+        engine._offer(session, request, 7)
+    assert not offered
+    engine._offer(session, request, 7)
+    assert list(offered.values()) == ["7"]
