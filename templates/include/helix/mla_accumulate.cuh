@@ -19,9 +19,10 @@ HELIX_DEVICE void mla_clear_tail(u32 values, int side, u32 valid) {
 }
 
 // O / sum in bf16 through the tile's own shared memory, so that a warp writes 512 contiguous bytes; each its 16 rows.
-HELIX_DEVICE void mla_write(bfloat16* to, const float (&o)[2][64], const float (&inverse)[2], u32 values, int queries) {
+HELIX_DEVICE void mla_write(bfloat16* to, const float (&o)[2][64], u32 inverses, u32 values, int queries) {
   const u32 thread = opaque(threadIdx.x) % 128, warp = thread / 32, lane = thread % 32;
   const u32 mine = values + warp * (2 * 2048);
+  const float inverse[2] = {load_shared(inverses), load_shared(inverses + 32)};
 #pragma unroll
   for (int j = 0; j < 32; ++j) {
     const u32 at = mine + j / 16 * kHalfOffset + j / 8 % 2 * 1024 + swizzled(lane / 4, j % 8 * 16 + lane % 4 * 4);
@@ -38,53 +39,62 @@ HELIX_DEVICE void mla_write(bfloat16* to, const float (&o)[2][64], const float (
       store_global(to + row * 512, load_shared_vector(from + row / 8 * 2048 + swizzled(row % 8, lane % 8 * 16)));
 }
 
+// The first of the two rows of O, 8 apart, that this thread's registers are of.
+HELIX_DEVICE u32 mla_row() {
+  const u32 thread = opaque(threadIdx.x) % 128;
+  return thread / 32 * 16 + thread % 32 / 4;
+}
+
+// O times the factors of its rows, which are nearly always 1.
+HELIX_DEVICE void mla_rescale(float (&o)[2][64], u32 factors) {
+  const float scale0 = load_shared(factors), scale1 = load_shared(factors + 32);
+  if (!__any_sync(0xffffffffu, scale0 != 1.0f || scale1 != 1.0f)) return;
+#pragma unroll
+  for (int i = 0; i < 128; ++i) o[i / 64][i % 64] *= i % 4 < 2 ? scale0 : scale1;
+}
+
 // Where a segment's result goes, from this block's first query and this side's first column on.
 template <class C> HELIX_DEVICE bfloat16* mla_output(const MlaArguments& a, const Segment& segment, int side) {
   bfloat16* to = segment.whole ? a.o : a.part_o;
   return to + (i64(segment.whole ? segment.row : segment.partial) * C::queries + head_half<C>() * 64) * 512 + side * 256;
 }
 
+template <class C> HELIX_DEVICE void mla_write_zeros(bfloat16* to) {
+#pragma unroll 1
+  for (int i = int(threadIdx.x) % 128; i < queries_here<C>() * 32; i += 128)
+    store_global(to + i / 32 * 512 + i % 32 * 8, Vector16{{0, 0, 0, 0}});
+}
+
 // One warpgroup: O[64][256] += P V over a segment, then O / sum to memory. `side` says which 256 columns.
 template <class C> HELIX_DEVICE void mla_accumulate(const MlaArguments& a, u32 base, int side) {
-  const int thread = int(threadIdx.x) % 128, lane = thread % 32, row0 = thread / 32 * 16 + lane / 4;
   Stage stage;
-  u32 p_parity = 0;
   Segments<C> segments(a.segments);
   wait_for_previous_kernels();
   if (segments.left == 0) return;
   do {
-    const int first_tile = segments.current->first_tile, last_tile = segments.current->last_tile;
-    const int length = segments.current->length;
-    if (first_tile == last_tile) {
-      bfloat16* to = mla_output<C>(a, *segments.current, side);
-      for (int i = thread; i < queries_here<C>() * 32; i += 128)
-        store_global(to + i / 32 * 512 + i % 32 * 8, Vector16{{0, 0, 0, 0}});
+    int tiles = segments.current().last_tile - segments.current().first_tile;
+    if (tiles == 0) {
+      mla_write_zeros<C>(mla_output<C>(a, segments.current(), side));
       continue;
     }
+    stage.advance();  // past the queries
+    int valid = segments.current().length - segments.current().first_tile * kTileTokens;
     float o[2][64];  // two instructions of 128 columns: one of 256 needs more registers than 512 threads start with
-    for (int tile = first_tile; tile < last_tile; ++tile) {
-      const bool last = tile + 1 == last_tile;
+    for (bool first = true; tiles > 0; --tiles, first = false) {
+      const bool last = tiles == 1;
       const u32 values = base + M::region(stage.index, region_of(side, 0));
-      barrier_wait(base + M::p_full, p_parity);
-      p_parity ^= 1;
-      if (tile > first_tile) {
-        const float scale0 = load_shared(base + M::rescale + 4 * row0);
-        const float scale1 = load_shared(base + M::rescale + 4 * (row0 + 8));
-        if (__any_sync(0xffffffffu, scale0 != 1.0f || scale1 != 1.0f)) {
-#pragma unroll
-          for (int i = 0; i < 128; ++i) o[i / 64][i % 64] *= i % 4 < 2 ? scale0 : scale1;
-        }
-      }
-      const int valid = length - tile * kTileTokens;
+      barrier_wait(base + M::p_full(stage.index), stage.parity);
+      if (!first) mla_rescale(o, base + M::row_rescale(stage.index, mla_row()));
       if (valid < kTileTokens) mla_clear_tail(values, side, valid);
-      const MatrixOperand p(base + M::p, 16, 1024);
+      valid -= kTileTokens;
+      const MatrixOperand p(base + M::p(stage.index), 16, 1024);
       wgmma_begin();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const MatrixOperand v(values + half * kHalfOffset, 1024, 2048);
 #pragma unroll
         for (int step = 0; step < 4; ++step)
-          wgmma_m64n128k16(o[half], p.at(step * 32), v.at(step * 2 * 2048), step > 0 || tile > first_tile);
+          wgmma_m64n128k16(o[half], p.at(step * 32), v.at(step * 2 * 2048), step > 0 || !first);
         wgmma_commit();
       }
       if (!last) {
@@ -93,16 +103,15 @@ template <class C> HELIX_DEVICE void mla_accumulate(const MlaArguments& a, u32 b
       }
       wgmma_wait<0>();
       if (last) {
-        const float inverse[2] = {load_shared(base + M::inverse + 4 * row0),
-                                  load_shared(base + M::inverse + 4 * (row0 + 8))};
-        named_barrier(1 + side, 128);  // all warps have read V and the sums
-        mla_write(mla_output<C>(a, *segments.current, side), o, inverse, values, queries_here<C>());
+        named_barrier(1 + side, 128);  // all warps have read V
+        mla_write(mla_output<C>(a, segments.current(), side), o, base + M::row_inverse(stage.index, mla_row()), values,
+                  queries_here<C>());
         fence_async_proxy();
         __syncwarp();
         mla_release<C>(base + M::empty(stage.index, region_of(side, 0)));
       }
-      if (lane == 0) barrier_arrive(base + M::p_empty);
       mla_release<C>(base + M::empty(stage.index, region_of(side, 1)));
+      mla_release<C>(base + M::empty(stage.index, kRotary));
       stage.advance();
     }
   } while (segments.next());

@@ -4,6 +4,22 @@
 
 namespace helix {
 
+// This block's queries: where a tile's columns lie theirs do, too, but the rotary ones stay for the whole segment.
+template <class C>
+HELIX_DEVICE void mla_fetch_queries(const TensorMap* map, u32 base, Stage stage, int row, u32 q_parity) {
+#pragma unroll 1
+  for (int region = 0; region < kRegions; ++region) {
+    const u32 full = base + M::full(stage.index, region);
+    barrier_wait(base + M::empty(stage.index, region), stage.parity ^ 1);
+    if (region == kRotary) barrier_wait(base + M::q_empty, q_parity);
+    barrier_expect(full, chunks_in(region) * M::kChunk);
+    for (int chunk = 0; chunk < chunks_in(region); ++chunk) {
+      const u32 to = base + (region == kRotary ? M::q : M::region(stage.index, region) + chunk * M::kChunk);
+      copy_5d(to, map, full, 0, 0, first_chunk(region) + chunk, head_half<C>() * 8, row, kEvictLast);
+    }
+  }
+}
+
 // One warp: fetches Q and KV, region by region, always as far ahead as the regions passed back allow. The first tile
 // does not wait for the previous kernel, which may write queries and new tokens alone.
 template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaMaps& maps, u32 base) {
@@ -16,7 +32,7 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
   Segments<C> segments(a.segments);
   if (segments.left == 0) return;
   do {
-    const Segment segment = *segments.current;
+    const Segment segment = segments.current();
     const int* pages = a.page_table + i64(segment.row / C::shares) * a.max_pages;
     const int last_page = (segment.length - 1) / C::block, first_page = segment.first_tile * kPagesPerTile;
     const bool any = segment.first_tile < segment.last_tile;
@@ -26,6 +42,8 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
         !waited && (segment.first_tile + 1) * kTileTokens <= segment.length - C::row_tokens * C::shares;
     if (!waited && !early) wait_for_previous_kernels();
     waited = true;
+    const Stage queries = stage;  // lie in the ring before the tiles, but are fetched after the first
+    if (any) stage.advance();
     for (int tile = segment.first_tile; tile < segment.last_tile; ++tile) {
       const int at = tile * kPagesPerTile - first_page;
       if (at > 0 && at % 32 == 0) {
@@ -61,11 +79,7 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
       stage.advance();
       if (tile == segment.first_tile) {  // KV first: it is what takes long
         if (early) wait_for_previous_kernels();
-        if (leader) {
-          barrier_wait(base + M::q_empty, q_parity);
-          barrier_expect(base + M::q_full, M::kQ);
-          copy_5d(base + M::q, maps.q, base + M::q_full, 0, 0, 0, head_half<C>() * 8, segment.row, kEvictLast);
-        }
+        if (leader) mla_fetch_queries<C>(maps.q, base, queries, segment.row, q_parity);
         q_parity ^= 1;
         __syncwarp();
       }
@@ -73,7 +87,7 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
   } while (segments.next());
   let_next_kernel_start();
   if constexpr (C::cluster == 2) {  // a block must not leave while its peer still signals it
-    for (int pending = 0; pending < 2; ++pending) {
+    for (int pending = 0; pending < kStages; ++pending) {
       for (int region = 0; region < kRegions; ++region)
         barrier_wait(base + M::empty(stage.index, region), stage.parity ^ 1);
       stage.advance();

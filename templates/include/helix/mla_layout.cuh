@@ -17,36 +17,39 @@ struct MlaArguments {
   const int* lengths;  // [rows, row_tokens]
 };
 
-// Regions in the order in which they are fetched and used: the rotary columns, then a half of each side's columns.
-constexpr int kRegions = 5, kRotary = 0;
-constexpr __device__ int region_of(int side, int half) { return 1 + side + 2 * half; }
-constexpr __device__ int first_chunk(int region) {
-  return region == kRotary ? 8 : (region - 1) % 2 * 4 + (region - 1) / 2 * 2;
-}
+// Regions in the order in which they are fetched and used: a half of each side's columns, the others, the rotary ones.
+constexpr int kRegions = 5, kRotary = 4;
+constexpr __device__ int region_of(int side, int half) { return side + 2 * half; }
+constexpr __device__ int first_chunk(int region) { return region == kRotary ? 8 : region % 2 * 4 + region / 2 * 2; }
 constexpr __device__ int chunks_in(int region) { return region == kRotary ? 1 : 2; }
-constexpr __device__ u32 region_offset(int region) { return region == kRotary ? 0 : 8192u + u32(region - 1) * 16384u; }
+constexpr __device__ u32 region_offset(int region) { return u32(region) * 16384u; }
 
 constexpr u32 kHalfOffset = region_offset(region_of(0, 1)) - region_offset(region_of(0, 0));  // to a side's other half
 
+constexpr int kStages = 3;
+
 struct MlaShared {
-  static constexpr u32 kTile = 64 * 1152, kQ = 64 * 1152, kQGroup = 9 * 1024;  // bytes
-  static constexpr u32 q = 0, tiles = q + kQ, p = tiles + 2 * kTile, rescale = p + 64 * 128, inverse = rescale + 256;
-  static constexpr u32 q_full = inverse + 256, q_empty = q_full + 8, p_full = q_empty + 8, p_empty = p_full + 8;
-  static constexpr u32 full_barriers = p_empty + 8, empty_barriers = full_barriers + 16 * kRegions;
-  static constexpr u32 bytes = empty_barriers + 16 * kRegions;
+  static constexpr u32 kTile = 64 * 1152, kChunk = 64 * 128;  // bytes
+  static constexpr u32 tiles = 0, q = tiles + kStages * kTile, rescale = q + kChunk, inverse = rescale + kStages * 256;
+  static constexpr u32 full_barriers = inverse + kStages * 256, empty_barriers = full_barriers + 8 * kStages * kRegions;
+  static constexpr u32 p_full_barriers = empty_barriers + 8 * kStages * kRegions, q_empty = p_full_barriers + 8 * kStages;
+  static constexpr u32 bytes = q_empty + 8;
   static_assert(bytes <= 232448, "shared memory of one block");
+  HELIX_DEVICE static u32 region(u32 stage, int region) { return tiles + stage * kTile + region_offset(region); }
+  HELIX_DEVICE static u32 p(u32 stage) { return region(stage, kRotary); }  // once the scores have been computed
   HELIX_DEVICE static u32 full(u32 stage, int region) { return full_barriers + 8 * (stage * kRegions + region); }
   HELIX_DEVICE static u32 empty(u32 stage, int region) { return empty_barriers + 8 * (stage * kRegions + region); }
-  HELIX_DEVICE static u32 region(u32 stage, int region) { return tiles + stage * kTile + region_offset(region); }
+  HELIX_DEVICE static u32 p_full(u32 stage) { return p_full_barriers + 8 * stage; }
+  HELIX_DEVICE static u32 row_rescale(u32 stage, u32 row) { return rescale + 256 * stage + 4 * row; }
+  HELIX_DEVICE static u32 row_inverse(u32 stage, u32 row) { return inverse + 256 * stage + 4 * row; }
 };
 using M = MlaShared;
 
-// Which of the two tiles a role is at.
+// Which tile of the ring a role is at.
 struct Stage {
   u32 index = 0, parity = 0;
   HELIX_DEVICE void advance() {
-    parity ^= index;
-    index ^= 1;
+    if (++index == kStages) index = 0, parity ^= 1;
   }
 };
 
@@ -58,14 +61,15 @@ template <class C> HELIX_DEVICE int worker_index() { return int(blockIdx.x) / C:
 
 // The segments of this block's worker, in order.
 template <class C> struct Segments {
-  const Segment *current, *others;
-  int left;
-  HELIX_DEVICE explicit Segments(const Segment* all) : current(all + worker_index<C>()) {
-    others = all + current->more;
-    left = current->count;
+  const Segment* all;
+  int at, others, left;
+  HELIX_DEVICE explicit Segments(const Segment* segments) : all(segments), at(worker_index<C>()) {
+    others = all[at].more;
+    left = all[at].count;
   }
+  HELIX_DEVICE const Segment& current() const { return all[at]; }
   HELIX_DEVICE bool next() {
-    current = others++;
+    at = others++;
     return --left > 0;
   }
 };

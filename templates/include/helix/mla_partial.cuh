@@ -28,14 +28,13 @@ template <class C> HELIX_DEVICE void mla_partial(const MlaArguments& a, const Ml
     prefetch_map(maps.q);
     prefetch_map(maps.kv);
     prefetch_map(maps.rotary);
-    barrier_init(base + M::q_full, 1);
     barrier_init(base + M::q_empty, 4);
-    barrier_init(base + M::p_full, 128);
-    barrier_init(base + M::p_empty, 8);
-    for (int stage = 0; stage < 2; ++stage) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      barrier_init(base + M::p_full(stage), 4);
       for (int region = 0; region < kRegions; ++region) {
         barrier_init(base + M::full(stage, region), 1);
-        barrier_init(base + M::empty(stage, region), 4 * C::cluster);  // warps of one warpgroup
+        // Warps of the warpgroup whose columns these are, or of both for P.
+        barrier_init(base + M::empty(stage, region), (region == kRotary ? 8 : 4) * C::cluster);
       }
     }
     barrier_init_visible();
@@ -47,10 +46,10 @@ template <class C> HELIX_DEVICE void mla_partial(const MlaArguments& a, const Ml
     registers_shrink<32>();
     if (threadIdx.x < 32) mla_fetch<C>(a, maps, base);
   } else if (group == 1) {
-    registers_grow<128>();
+    registers_grow<240>();
     mla_softmax<C>(a, base);
   } else {
-    registers_grow<176>();
+    registers_grow<160>();
     mla_accumulate<C>(a, base, group - 2);
   }
 }
