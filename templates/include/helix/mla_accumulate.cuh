@@ -6,32 +6,33 @@
 namespace helix {
 
 // Zeroes this side's columns of the tile's tokens from `valid` on: what lies there may be NaN, and 0 * NaN = NaN.
-HELIX_DEVICE void mla_clear_tail(u32 values, int side, u32 valid) {
+HELIX_DEVICE void mla_clear_tail(const u32 (&values)[2], int side, u32 valid) {
   const u32 thread = threadIdx.x % 128;
 #pragma unroll 1
   for (u32 i = valid * 32 + thread; i < kTileTokens * 32; i += 128) {
     const u32 token = i / 32, chunk = i / 8 % 4, unit = i % 8;
-    const u32 at = chunk / 2 * kHalfOffset + token / 8 * 2048 + chunk % 2 * 1024 + token % 8 * 128 + unit * 16;
-    store_shared(values + at, Vector16{{0, 0, 0, 0}});
+    const u32 at = token / 8 * 2048 + chunk % 2 * 1024 + token % 8 * 128 + unit * 16;
+    store_shared((chunk < 2 ? values[0] : values[1]) + at, Vector16{{0, 0, 0, 0}});
   }
   fence_async_proxy();
   named_barrier(1 + side, 128);
 }
 
 // O / sum in bf16 through the tile's own shared memory, so that a warp writes 512 contiguous bytes; each its 16 rows.
-HELIX_DEVICE void mla_write(bfloat16* to, const float (&o)[2][64], u32 inverses, u32 values, int queries) {
+HELIX_DEVICE void mla_write(bfloat16* to, const float (&o)[2][64], u32 inverses, const u32 (&values)[2],
+                            int queries) {
   const u32 thread = opaque(threadIdx.x) % 128, warp = thread / 32, lane = thread % 32;
-  const u32 mine = values + warp * (2 * 2048);
+  const u32 mine = warp * (2 * 2048);
   const float inverse[2] = {load_shared(inverses), load_shared(inverses + 32)};
 #pragma unroll
   for (int j = 0; j < 32; ++j) {
-    const u32 at = mine + j / 16 * kHalfOffset + j / 8 % 2 * 1024 + swizzled(lane / 4, j % 8 * 16 + lane % 4 * 4);
+    const u32 at = values[j / 16] + mine + j / 8 % 2 * 1024 + swizzled(lane / 4, j % 8 * 16 + lane % 4 * 4);
     const float* four = o[j / 16] + j % 16 * 4;
     store_shared(at, pack_bfloat16(four[0] * inverse[0], four[1] * inverse[0]));
     store_shared(at + 2048, pack_bfloat16(four[2] * inverse[1], four[3] * inverse[1]));
   }
   __syncwarp();
-  const u32 from = mine + lane / 16 * kHalfOffset + lane / 8 % 2 * 1024;
+  const u32 from = (lane < 16 ? values[0] : values[1]) + mine + lane / 8 % 2 * 1024;
   to += (warp * 16) * 512 + lane * 8;
 #pragma unroll
   for (u32 row = 0; row < 16; ++row)
@@ -77,21 +78,21 @@ template <class C> HELIX_DEVICE void mla_accumulate(const MlaArguments& a, u32 b
       mla_write_zeros<C>(mla_output<C>(a, segments.current(), side));
       continue;
     }
-    stage.advance();  // past the queries
+    stage.pass_queries();
     int valid = segments.current().length - segments.current().first_tile * kTileTokens;
     float o[2][64];  // two instructions of 128 columns: one of 256 needs more registers than 512 threads start with
     for (bool first = true; tiles > 0; --tiles, first = false) {
       const bool last = tiles == 1;
-      const u32 values = base + M::region(stage.index, region_of(side, 0));
-      barrier_wait(base + M::p_full(stage.index), stage.parity);
-      if (!first) mla_rescale(o, base + M::row_rescale(stage.index, mla_row()));
+      const u32 values[2] = {base + M::region(stage, region_of(side, 0)), base + M::region(stage, region_of(side, 1))};
+      barrier_wait(base + M::p_full(stage), stage.parity);
+      if (!first) mla_rescale(o, base + M::row_rescale(stage, mla_row()));
       if (valid < kTileTokens) mla_clear_tail(values, side, valid);
       valid -= kTileTokens;
-      const MatrixOperand p(base + M::p(stage.index), 16, 1024);
+      const MatrixOperand p(base + M::p(stage), 16, 1024);
       wgmma_begin();
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const MatrixOperand v(values + half * kHalfOffset, 1024, 2048);
+      for (int half = 1; half >= 0; --half) {  // what has fewer slots first
+        const MatrixOperand v(values[half], 1024, 2048);
 #pragma unroll
         for (int step = 0; step < 4; ++step)
           wgmma_m64n128k16(o[half], p.at(step * 32), v.at(step * 2 * 2048), step > 0 || !first);
@@ -99,20 +100,20 @@ template <class C> HELIX_DEVICE void mla_accumulate(const MlaArguments& a, u32 b
       }
       if (!last) {
         wgmma_wait<1>();
-        mla_release<C>(base + M::empty(stage.index, region_of(side, 0)));
+        mla_release<C>(base + M::empty(stage, region_of(side, 1)));
       }
       wgmma_wait<0>();
       if (last) {
         named_barrier(1 + side, 128);  // all warps have read V
-        mla_write(mla_output<C>(a, segments.current(), side), o, base + M::row_inverse(stage.index, mla_row()), values,
+        mla_write(mla_output<C>(a, segments.current(), side), o, base + M::row_inverse(stage, mla_row()), values,
                   queries_here<C>());
         fence_async_proxy();
         __syncwarp();
-        mla_release<C>(base + M::empty(stage.index, region_of(side, 0)));
+        mla_release<C>(base + M::empty(stage, region_of(side, 1)));
       }
-      mla_release<C>(base + M::empty(stage.index, region_of(side, 1)));
-      mla_release<C>(base + M::empty(stage.index, kRotary));
-      stage.advance();
+      mla_release<C>(base + M::empty(stage, region_of(side, 0)));
+      mla_release<C>(base + M::empty(stage, kRotary));
+      stage.pass_tile();
     }
   } while (segments.next());
 }

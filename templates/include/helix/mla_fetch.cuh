@@ -4,19 +4,18 @@
 
 namespace helix {
 
-// This block's queries: where a tile's columns lie theirs do, too, but the rotary ones stay for the whole segment.
+// This block's queries, some columns into the slots before the first tile's, the others to where they stay.
 template <class C>
-HELIX_DEVICE void mla_fetch_queries(const TensorMap* map, u32 base, Stage stage, int row, u32 q_parity) {
+HELIX_DEVICE void mla_fetch_queries(const TensorMap* map, u32 base, const Stage& stage, int row, u32 q_parity) {
 #pragma unroll 1
-  for (int region = 0; region < kRegions; ++region) {
-    const u32 full = base + M::full(stage.index, region);
-    barrier_wait(base + M::empty(stage.index, region), stage.parity ^ 1);
+  for (int region = 0; region <= kRotary; ++region) {
+    const int first = region == kRotary ? kHeldChunks : first_chunk(region), chunks = region == kRotary ? 9 - kHeldChunks : 2;
+    const u32 full = base + M::full(stage, region), to = base + (region == kRotary ? M::q : M::region(stage, region));
+    barrier_wait(base + M::empty(stage, region), stage.parity ^ 1);
     if (region == kRotary) barrier_wait(base + M::q_empty, q_parity);
-    barrier_expect(full, chunks_in(region) * M::kChunk);
-    for (int chunk = 0; chunk < chunks_in(region); ++chunk) {
-      const u32 to = base + (region == kRotary ? M::q : M::region(stage.index, region) + chunk * M::kChunk);
-      copy_5d(to, map, full, 0, 0, first_chunk(region) + chunk, head_half<C>() * 8, row, kEvictLast);
-    }
+    barrier_expect(full, u32(chunks) * M::kChunk);
+    for (int i = 0; i < chunks; ++i)
+      copy_5d(to + i * M::kChunk, map, full, 0, 0, first + i, head_half<C>() * 8, row, kEvictLast);
   }
 }
 
@@ -43,7 +42,7 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
     if (!waited && !early) wait_for_previous_kernels();
     waited = true;
     const Stage queries = stage;  // lie in the ring before the tiles, but are fetched after the first
-    if (any) stage.advance();
+    if (any) stage.pass_queries();
     for (int tile = segment.first_tile; tile < segment.last_tile; ++tile) {
       const int at = tile * kPagesPerTile - first_page;
       if (at > 0 && at % 32 == 0) {
@@ -59,16 +58,16 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
       const int halves = segment.length - tile * kTileTokens > 32 ? 2 : 1;
 #pragma unroll
       for (int region = 0; region < kRegions; ++region) {
-        const u32 bytes = 32 * 128 * chunks_in(region), full = base + M::full(stage.index, region);
-        const u32 empty = base + M::empty(stage.index, region);
+        const u32 bytes = 32 * 128 * chunks_in(region), full = base + M::full(stage, region);
+        const u32 empty = base + M::empty(stage, region);
         if (leader) {  // alone: a lane that looked later could miss the phase, gone by before the leader comes back
-          barrier_wait(empty, stage.parity ^ 1);
+          barrier_wait(empty, stage.parity_of(region) ^ 1);
           const TensorMap* map = region == kRotary ? maps.rotary : maps.kv;
           barrier_expect(full, halves * bytes);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             if (half >= halves || (C::cluster == 2 && half != head_half<C>())) continue;
-            const u32 to = base + M::region(stage.index, region) + half * bytes;
+            const u32 to = base + M::region(stage, region) + half * bytes;
             const int chunk = first_chunk(region);
             if constexpr (C::cluster == 2) copy_4d_multicast(to, map, full, 0, 0, chunk, group[half], kEvictFirst, 3);
             else copy_4d(to, map, full, 0, 0, chunk, group[half], kEvictFirst);
@@ -76,7 +75,7 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
         }
       }
       __syncwarp();
-      stage.advance();
+      stage.pass_tile();
       if (tile == segment.first_tile) {  // KV first: it is what takes long
         if (early) wait_for_previous_kernels();
         if (leader) mla_fetch_queries<C>(maps.q, base, queries, segment.row, q_parity);
@@ -87,10 +86,11 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
   } while (segments.next());
   let_next_kernel_start();
   if constexpr (C::cluster == 2) {  // a block must not leave while its peer still signals it
-    for (int pending = 0; pending < kStages; ++pending) {
+    for (u32 pending = 0; pending < Stage::kSlots; ++pending) {
       for (int region = 0; region < kRegions; ++region)
-        barrier_wait(base + M::empty(stage.index, region), stage.parity ^ 1);
-      stage.advance();
+        if (region != kLast || pending < Stage::kLastSlots)
+          barrier_wait(base + M::empty(stage, region), stage.parity_of(region) ^ 1);
+      stage.pass_tile();
     }
   }
 }

@@ -17,41 +17,57 @@ struct MlaArguments {
   const int* lengths;  // [rows, row_tokens]
 };
 
-// Regions in the order in which they are fetched and used: a half of each side's columns, the others, the rotary ones.
-constexpr int kRegions = 5, kRotary = 4;
-constexpr __device__ int region_of(int side, int half) { return side + 2 * half; }
-constexpr __device__ int first_chunk(int region) { return region == kRotary ? 8 : region % 2 * 4 + region / 2 * 2; }
+// Regions in the order in which a tile's are fetched and its scores use them: a half of each side's columns, the other
+// one of the first side, the rotary columns, the other half of the second side.
+constexpr int kRegions = 5, kRotary = 3, kLast = 4;
+constexpr __device__ int region_of(int side, int half) { return half == 0 ? side : 2 + 2 * side; }
+constexpr __device__ int first_chunk(int region) { return region == kRotary ? 8 : region % 2 * 4 + region / 2 % 2 * 2 + region / 4 * 6; }
 constexpr __device__ int chunks_in(int region) { return region == kRotary ? 1 : 2; }
-constexpr __device__ u32 region_offset(int region) { return u32(region) * 16384u; }
 
-constexpr u32 kHalfOffset = region_offset(region_of(0, 1)) - region_offset(region_of(0, 0));  // to a side's other half
-
-constexpr int kStages = 3;
-
-struct MlaShared {
-  static constexpr u32 kTile = 64 * 1152, kChunk = 64 * 128;  // bytes
-  static constexpr u32 tiles = 0, q = tiles + kStages * kTile, rescale = q + kChunk, inverse = rescale + kStages * 256;
-  static constexpr u32 full_barriers = inverse + kStages * 256, empty_barriers = full_barriers + 8 * kStages * kRegions;
-  static constexpr u32 p_full_barriers = empty_barriers + 8 * kStages * kRegions, q_empty = p_full_barriers + 8 * kStages;
-  static constexpr u32 bytes = q_empty + 8;
-  static_assert(bytes <= 232448, "shared memory of one block");
-  HELIX_DEVICE static u32 region(u32 stage, int region) { return tiles + stage * kTile + region_offset(region); }
-  HELIX_DEVICE static u32 p(u32 stage) { return region(stage, kRotary); }  // once the scores have been computed
-  HELIX_DEVICE static u32 full(u32 stage, int region) { return full_barriers + 8 * (stage * kRegions + region); }
-  HELIX_DEVICE static u32 empty(u32 stage, int region) { return empty_barriers + 8 * (stage * kRegions + region); }
-  HELIX_DEVICE static u32 p_full(u32 stage) { return p_full_barriers + 8 * stage; }
-  HELIX_DEVICE static u32 row_rescale(u32 stage, u32 row) { return rescale + 256 * stage + 4 * row; }
-  HELIX_DEVICE static u32 row_inverse(u32 stage, u32 row) { return inverse + 256 * stage + 4 * row; }
-};
-using M = MlaShared;
-
-// Which tile of the ring a role is at.
+// Where a role is in the rings of regions. The last region has a slot less than the others, which hold the queries, too,
+// until they are in registers.
 struct Stage {
-  u32 index = 0, parity = 0;
-  HELIX_DEVICE void advance() {
-    if (++index == kStages) index = 0, parity ^= 1;
+  static constexpr u32 kSlots = 3, kLastSlots = 2;
+  u32 slot = 0, parity = 0, last_slot = 0, last_parity = 0;
+  HELIX_DEVICE u32 slot_of(int region) const { return region == kLast ? last_slot : slot; }
+  HELIX_DEVICE u32 parity_of(int region) const { return region == kLast ? last_parity : parity; }
+  HELIX_DEVICE void pass_queries() {
+    if (++slot == kSlots) slot = 0, parity ^= 1;
+  }
+  HELIX_DEVICE void pass_tile() {
+    pass_queries();
+    last_parity ^= last_slot;
+    last_slot ^= 1;
   }
 };
+
+constexpr int kHeldChunks = 6;  // of the queries in registers, by 64 columns; the others, in use order, in shared memory
+
+struct MlaShared {
+  static constexpr u32 kChunk = 64 * 128, kRegion = 2 * kChunk, kRing = Stage::kSlots * kRegion;  // bytes
+  static constexpr u32 rotary = kRotary * kRing, last = rotary + Stage::kSlots * kChunk;
+  static constexpr u32 q = last + Stage::kLastSlots * kRegion, rescale = q + (9 - kHeldChunks) * kChunk;
+  static constexpr u32 inverse = rescale + Stage::kSlots * 256, full_barriers = inverse + Stage::kSlots * 256;
+  static constexpr u32 kBarriers = 8 * Stage::kSlots * kRegions, empty_barriers = full_barriers + kBarriers;
+  static constexpr u32 p_full_barriers = empty_barriers + kBarriers, q_empty = p_full_barriers + 8 * Stage::kSlots;
+  static constexpr u32 bytes = q_empty + 8;
+  static_assert(bytes <= 232448, "shared memory of one block");
+  HELIX_DEVICE static u32 region(const Stage& stage, int region) {
+    if (region == kRotary) return rotary + stage.slot * kChunk;
+    return region == kLast ? last + stage.last_slot * kRegion : u32(region) * kRing + stage.slot * kRegion;
+  }
+  HELIX_DEVICE static u32 barrier(const Stage& stage, int region) {
+    return 8 * (u32(region) * Stage::kSlots + stage.slot_of(region));
+  }
+  HELIX_DEVICE static u32 full(const Stage& stage, int region) { return full_barriers + barrier(stage, region); }
+  HELIX_DEVICE static u32 empty(const Stage& stage, int region) { return empty_barriers + barrier(stage, region); }
+  // P takes the place of the rotary columns.
+  HELIX_DEVICE static u32 p(const Stage& stage) { return region(stage, kRotary); }
+  HELIX_DEVICE static u32 p_full(const Stage& stage) { return p_full_barriers + 8 * stage.slot; }
+  HELIX_DEVICE static u32 row_rescale(const Stage& stage, u32 row) { return rescale + 256 * stage.slot + 4 * row; }
+  HELIX_DEVICE static u32 row_inverse(const Stage& stage, u32 row) { return inverse + 256 * stage.slot + 4 * row; }
+};
+using M = MlaShared;
 
 template <class C> HELIX_DEVICE int head_half() { return C::cluster == 2 ? int(cluster_rank()) : 0; }
 template <class C> HELIX_DEVICE int queries_here() {

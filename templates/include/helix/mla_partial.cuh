@@ -29,7 +29,8 @@ template <class C> HELIX_DEVICE void mla_partial(const MlaArguments& a, const Ml
     prefetch_map(maps.kv);
     prefetch_map(maps.rotary);
     barrier_init(base + M::q_empty, 4);
-    for (int stage = 0; stage < kStages; ++stage) {
+    for (u32 slot = 0; slot < Stage::kSlots; ++slot) {
+      const Stage stage = {slot, 0, slot, 0};
       barrier_init(base + M::p_full(stage), 4);
       for (int region = 0; region < kRegions; ++region) {
         barrier_init(base + M::full(stage, region), 1);
@@ -46,7 +47,7 @@ template <class C> HELIX_DEVICE void mla_partial(const MlaArguments& a, const Ml
     registers_shrink<32>();
     if (threadIdx.x < 32) mla_fetch<C>(a, maps, base);
   } else if (group == 1) {
-    registers_grow<240>();
+    registers_grow<160>();
     mla_softmax<C>(a, base);
   } else {
     registers_grow<160>();

@@ -5,48 +5,54 @@
 
 namespace helix {
 
-// All columns but the rotary ones of a warp's 16 queries, [64-column chunk][16 columns]; what they lay in is passed back.
-template <class C> HELIX_DEVICE void mla_load_queries(FragmentA (&q)[8][4], u32 base, Stage stage) {
+// The columns of a warp's 16 queries in the order in which a tile's are used.
+struct MlaQueries { FragmentA held[kHeldChunks][4]; };  // by 16 columns
+
+// Takes the queries that registers hold, and passes the slots on.
+template <class C> HELIX_DEVICE void mla_load_queries(MlaQueries& q, u32 base, const Stage& stage) {
   const u32 lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
 #pragma unroll
-  for (int region = 0; region < kRegions; ++region) {
-    barrier_wait(base + M::full(stage.index, region), stage.parity);
+  for (int chunk = 0; chunk < kHeldChunks; ++chunk) {
+    if (chunk % 2 == 0) barrier_wait(base + M::full(stage, chunk / 2), stage.parity);
+    const u32 from = base + M::region(stage, chunk / 2) + chunk % 2 * M::kChunk;
 #pragma unroll
-    for (int step = 0; region != kRotary && step < 4 * chunks_in(region); ++step) {
-      const u32 chunk = base + M::region(stage.index, region) + step / 4 * M::kChunk;
-      q[first_chunk(region) + step / 4][step % 4] = load_matrices(chunk + swizzled(row, step % 4 * 32 + lane / 16 * 16));
-    }
+    for (int step = 0; step < 4; ++step)
+      q.held[chunk][step] = load_matrices(from + swizzled(row, step * 32 + lane / 16 * 16));
   }
+  barrier_wait(base + M::full(stage, kRotary), stage.parity);
   __syncwarp();
-  for (int region = 0; region < kRegions; ++region) mla_release<C>(base + M::empty(stage.index, region));
-  mla_release<C>(base + M::empty(stage.index, kRotary));  // for both warpgroups of O
-  if (lane == 0) barrier_arrive(base + M::p_full(stage.index));
+  for (int region = 0; region <= kRotary; ++region) mla_release<C>(base + M::empty(stage, region));
+  mla_release<C>(base + M::empty(stage, kRotary));  // for both warpgroups of O
+  if (lane == 0) barrier_arrive(base + M::p_full(stage));
 }
 
-// Lets the warpgroups of O use the weights that are held back, if any.
+// Lets the warpgroups of O have the weights that are held back, if any.
 HELIX_DEVICE void mla_pass(u32& held) {
   if (held != 0 && threadIdx.x % 32 == 0) barrier_arrive(held);
   held = 0;
 }
 
 // S[64][64] = Q K' of a tile, region by region as they arrive; column 8 j + 2 (lane % 4) + e of row lane / 4 + 8 r is
-// in s[4 j + 2 r + e]. The weights of the tile before are passed when most is done.
-HELIX_DEVICE void mla_scores(float (&s)[32], const FragmentA (&q)[8][4], u32 shared, Stage stage, u32& held) {
+// in s[4 j + 2 r + e]. The weights of the tile before are passed when most is done, or there is nothing to do yet.
+HELIX_DEVICE void mla_scores(float (&s)[32], const MlaQueries& q, u32 shared, const Stage& stage, u32& held) {
   const u32 base = opaque(shared);
-  const MatrixOperand rotary(base + M::q, 16, 1024);
-  if (!__any_sync(0xffffffffu, barrier_passed(base + M::full(stage.index, 0), stage.parity))) mla_pass(held);
+  if (!__any_sync(0xffffffffu, barrier_passed(base + M::full(stage, kRotary), stage.parity))) mla_pass(held);
   wgmma_begin();
 #pragma unroll
   for (int region = 0; region < kRegions; ++region) {
-    const MatrixOperand k(base + M::region(stage.index, region), 16, 1024 * chunks_in(region));
-    barrier_wait(base + M::full(stage.index, region), stage.parity);
+    const MatrixOperand k(base + M::region(stage, region), 16, 1024 * chunks_in(region));
+    barrier_wait(base + M::full(stage, region), stage.parity_of(region));
 #pragma unroll
     for (int step = 0; step < 4 * chunks_in(region); ++step) {
       const u32 within = step / 4 * 1024 + step % 4 * 32;
-      if (region == kRotary) wgmma_m64n64k16(s, rotary.at(within), k.at(within), 1);
-      else wgmma_m64n64k16(s, q[first_chunk(region) + step / 4][step % 4], k.at(within), region + step > 0);
+      if (region < kRotary) {
+        wgmma_m64n64k16(s, q.held[2 * region + step / 4][step % 4], k.at(within), region + step > 0);
+      } else {
+        const int chunk = first_chunk(region) - kHeldChunks + step / 4;
+        wgmma_m64n64k16(s, MatrixOperand(base + M::q, 16, 1024).at(chunk * M::kChunk + step % 4 * 32), k.at(within), 1);
+      }
+      if (step % 4 == 3) wgmma_commit();
     }
-    wgmma_commit();
   }
   wgmma_wait<1>();
   mla_pass(held);
@@ -119,7 +125,7 @@ HELIX_DEVICE void mla_mask(float (&s)[32], int valid) {
 // columns, so all warps must have their scores.
 template <class C>
 HELIX_DEVICE void mla_publish(const float (&s)[32], const float (&factor)[2], MlaSoftmax<C>& softmax, u32 base,
-                              u32 stage, bool last) {
+                              const Stage& stage, bool last) {
   const u32 thread = opaque(threadIdx.x) % 128, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
   if (last) softmax.add_lanes();
   named_barrier(3, 128);
@@ -154,9 +160,9 @@ template <class C> HELIX_DEVICE void mla_softmax(const MlaArguments& a, u32 base
     const int bound = mla_bound<C>(a, segments.current(), (head_half<C>() * 64 + thread / 32 * 16) / C::heads);
     MlaSoftmax<C> softmax;
     if (first_tile < last_tile) {
-      FragmentA q[8][4];
+      MlaQueries q;
       mla_load_queries<C>(q, base, stage);
-      stage.advance();
+      stage.pass_queries();
       u32 held = 0;
       for (int tile = first_tile; tile < last_tile; ++tile) {
         const bool last = tile + 1 == last_tile;
@@ -166,9 +172,9 @@ template <class C> HELIX_DEVICE void mla_softmax(const MlaArguments& a, u32 base
         mla_mask(s, bound - tile * kTileTokens);
         softmax.refer(s, factor);
         softmax.weigh(s);
-        mla_publish(s, factor, softmax, base, stage.index, last);
-        held = base + M::p_full(stage.index);
-        stage.advance();
+        mla_publish(s, factor, softmax, base, stage, last);
+        held = base + M::p_full(stage);
+        stage.pass_tile();
       }
       mla_pass(held);
     }
