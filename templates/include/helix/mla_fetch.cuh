@@ -4,18 +4,20 @@
 
 namespace helix {
 
-// This block's queries, some columns into the slots before the first tile's, the others to where they stay.
+// This block's queries. The rotary region's barrier counts all that have a place of their own.
 template <class C>
 HELIX_DEVICE void mla_fetch_queries(const TensorMap* map, u32 base, const Stage& stage, int row, u32 q_parity) {
-#pragma unroll 1
+#pragma unroll
   for (int region = 0; region <= kRotary; ++region) {
-    const int first = region == kRotary ? kHeldChunks : first_chunk(region), chunks = region == kRotary ? 9 - kHeldChunks : 2;
-    const u32 full = base + M::full(stage, region), to = base + (region == kRotary ? M::q : M::region(stage, region));
+    const bool held = region < kRotary;
+    const int first = held ? first_chunk(region) : kHeldChunks, end = held ? first + chunks_in(region) : 9;
+    const u32 full = base + M::full(stage, region), to = base + (held ? M::region(stage, region) : M::q);
     barrier_wait(base + M::empty(stage, region), stage.parity ^ 1);
-    if (region == kRotary) barrier_wait(base + M::q_empty, q_parity);
-    barrier_expect(full, u32(chunks) * M::kChunk);
-    for (int i = 0; i < chunks; ++i)
-      copy_5d(to + i * M::kChunk, map, full, 0, 0, first + i, head_half<C>() * 8, row, kEvictLast);
+    if (!held) barrier_wait(base + M::q_empty, q_parity);
+    barrier_expect(full, u32(end - first) * M::kChunk);
+#pragma unroll
+    for (int chunk = first; chunk < end; ++chunk)
+      copy_5d(to + u32(chunk - first) * M::kChunk, map, full, 0, 0, chunk, head_half<C>() * 8, row, kEvictLast);
   }
 }
 
@@ -27,27 +29,25 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
   const bool leader = elect_one();
   Stage stage;
   u32 q_parity = 1;
-  bool waited = false;
   Segments<C> segments(a.segments);
   if (segments.left == 0) return;
   do {
     const Segment segment = segments.current();
-    const int* pages = a.page_table + i64(segment.row / C::shares) * a.max_pages;
-    const int last_page = (segment.length - 1) / C::block, first_page = segment.first_tile * kPagesPerTile;
     const bool any = segment.first_tile < segment.last_tile;
-    int current = any ? pages[min(first_page + lane, last_page)] : 0;
-    int next = any ? pages[min(first_page + 32 + lane, last_page)] : 0;
+    const int first_page = segment.first_tile * kPagesPerTile, last = (segment.length - 1) / C::block - first_page;
+    const int* pages = a.page_table + i64(segment.row / C::shares) * a.max_pages + first_page;
+    int current = any ? pages[min(lane, last)] : 0;
+    int next = any ? pages[min(32 + lane, last)] : 0;
+    const bool starts = segments.at == worker_index<C>();  // has not waited yet
     const bool early =
-        !waited && (segment.first_tile + 1) * kTileTokens <= segment.length - C::row_tokens * C::shares;
-    if (!waited && !early) wait_for_previous_kernels();
-    waited = true;
-    const Stage queries = stage;  // lie in the ring before the tiles, but are fetched after the first
+        starts && (segment.first_tile + 1) * kTileTokens <= segment.length - C::row_tokens * C::shares;
+    if (starts && !early) wait_for_previous_kernels();
     if (any) stage.pass_queries();
     for (int tile = segment.first_tile; tile < segment.last_tile; ++tile) {
-      const int at = tile * kPagesPerTile - first_page;
+      const int at = (tile - segment.first_tile) * kPagesPerTile;
       if (at > 0 && at % 32 == 0) {
         current = next;
-        next = pages[min(first_page + at + 32 + lane, last_page)];
+        next = pages[min(at + 32 + lane, last)];
       }
       int group[2];  // 8-token group of the cache in which each half of the tile starts
 #pragma unroll
@@ -75,13 +75,13 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
         }
       }
       __syncwarp();
-      stage.pass_tile();
       if (tile == segment.first_tile) {  // KV first: it is what takes long
         if (early) wait_for_previous_kernels();
-        if (leader) mla_fetch_queries<C>(maps.q, base, queries, segment.row, q_parity);
+        if (leader) mla_fetch_queries<C>(maps.q, base, stage.before(), segment.row, q_parity);
         q_parity ^= 1;
         __syncwarp();
       }
+      stage.pass_tile();
     }
   } while (segments.next());
   let_next_kernel_start();

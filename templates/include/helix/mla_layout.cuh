@@ -17,17 +17,22 @@ struct MlaArguments {
   const int* lengths;  // [rows, row_tokens]
 };
 
-// Regions in the order in which a tile's are fetched and its scores use them: a half of each side's columns, the other
-// one of the first side, the rotary columns, the other half of the second side.
+// Regions in the order in which a tile's are fetched and its scores use them: half of each side's columns, the other half
+// of side 0, the rotary columns, the other half of side 1.
 constexpr int kRegions = 5, kRotary = 3, kLast = 4;
 constexpr __device__ int region_of(int side, int half) { return half == 0 ? side : 2 + 2 * side; }
-constexpr __device__ int first_chunk(int region) { return region == kRotary ? 8 : region % 2 * 4 + region / 2 % 2 * 2 + region / 4 * 6; }
-constexpr __device__ int chunks_in(int region) { return region == kRotary ? 1 : 2; }
+constexpr __device__ int chunks_in(int region) { return region == kRotary ? 1 : 2; }  // of 64 columns
+constexpr __device__ int first_chunk(int region) {
+  return region == kRotary ? 8 : region == kLast ? 6 : region % 2 * 4 + region / 2 * 2;
+}
 
-// Where a role is in the rings of regions. The last region has a slot less than the others, which hold the queries, too,
-// until they are in registers.
+// A segment's queries come before its tiles, in the slots of all regions but the last; but the chunks that do not meet a
+// region before kRotary, from this one on, have a place of their own.
+constexpr int kHeldChunks = 2 * kRotary;
+
+// Where a role is in the rings of slots.
 struct Stage {
-  static constexpr u32 kSlots = 3, kLastSlots = 2;
+  static constexpr u32 kSlots = 3, kLastSlots = 2;  // of a region, and of the last one
   u32 slot = 0, parity = 0, last_slot = 0, last_parity = 0;
   HELIX_DEVICE u32 slot_of(int region) const { return region == kLast ? last_slot : slot; }
   HELIX_DEVICE u32 parity_of(int region) const { return region == kLast ? last_parity : parity; }
@@ -39,9 +44,9 @@ struct Stage {
     last_parity ^= last_slot;
     last_slot ^= 1;
   }
+  // Where the queries are, at the segment's first tile.
+  HELIX_DEVICE Stage before() const { return slot == 0 ? Stage{kSlots - 1, parity ^ 1} : Stage{slot - 1, parity}; }
 };
-
-constexpr int kHeldChunks = 6;  // of the queries in registers, by 64 columns; the others, in use order, in shared memory
 
 struct MlaShared {
   static constexpr u32 kChunk = 64 * 128, kRegion = 2 * kChunk, kRing = Stage::kSlots * kRegion;  // bytes

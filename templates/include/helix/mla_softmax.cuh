@@ -5,24 +5,24 @@
 
 namespace helix {
 
-// The columns of a warp's 16 queries in the order in which a tile's are used.
-struct MlaQueries { FragmentA held[kHeldChunks][4]; };  // by 16 columns
+// A warp's 16 queries, [64 columns][16 columns], as far as registers hold them.
+using MlaQueries = FragmentA[kHeldChunks][4];
 
-// Takes the queries that registers hold, and passes the slots on.
+// Takes the queries, and passes their slots on.
 template <class C> HELIX_DEVICE void mla_load_queries(MlaQueries& q, u32 base, const Stage& stage) {
   const u32 lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
 #pragma unroll
-  for (int chunk = 0; chunk < kHeldChunks; ++chunk) {
-    if (chunk % 2 == 0) barrier_wait(base + M::full(stage, chunk / 2), stage.parity);
-    const u32 from = base + M::region(stage, chunk / 2) + chunk % 2 * M::kChunk;
+  for (int region = 0; region <= kRotary; ++region) {
+    barrier_wait(base + M::full(stage, region), stage.parity);
 #pragma unroll
-    for (int step = 0; step < 4; ++step)
-      q.held[chunk][step] = load_matrices(from + swizzled(row, step * 32 + lane / 16 * 16));
+    for (int step = 0; region < kRotary && step < 4 * chunks_in(region); ++step) {
+      const u32 from = base + M::region(stage, region) + step / 4 * M::kChunk;
+      q[first_chunk(region) + step / 4][step % 4] = load_matrices(from + swizzled(row, step % 4 * 32 + lane / 16 * 16));
+    }
   }
-  barrier_wait(base + M::full(stage, kRotary), stage.parity);
   __syncwarp();
   for (int region = 0; region <= kRotary; ++region) mla_release<C>(base + M::empty(stage, region));
-  mla_release<C>(base + M::empty(stage, kRotary));  // for both warpgroups of O
+  mla_release<C>(base + M::empty(stage, kRotary));  // which waits for two warpgroups
   if (lane == 0) barrier_arrive(base + M::p_full(stage));
 }
 
@@ -36,20 +36,21 @@ HELIX_DEVICE void mla_pass(u32& held) {
 // in s[4 j + 2 r + e]. The weights of the tile before are passed when most is done, or there is nothing to do yet.
 HELIX_DEVICE void mla_scores(float (&s)[32], const MlaQueries& q, u32 shared, const Stage& stage, u32& held) {
   const u32 base = opaque(shared);
+  const MatrixOperand shared_q(base + M::q, 16, 1024);
   if (!__any_sync(0xffffffffu, barrier_passed(base + M::full(stage, kRotary), stage.parity))) mla_pass(held);
-  wgmma_begin();
 #pragma unroll
   for (int region = 0; region < kRegions; ++region) {
     const MatrixOperand k(base + M::region(stage, region), 16, 1024 * chunks_in(region));
     barrier_wait(base + M::full(stage, region), stage.parity_of(region));
+    wgmma_begin();
 #pragma unroll
     for (int step = 0; step < 4 * chunks_in(region); ++step) {
       const u32 within = step / 4 * 1024 + step % 4 * 32;
       if (region < kRotary) {
-        wgmma_m64n64k16(s, q.held[2 * region + step / 4][step % 4], k.at(within), region + step > 0);
+        wgmma_m64n64k16(s, q[first_chunk(region) + step / 4][step % 4], k.at(within), region + step > 0);
       } else {
-        const int chunk = first_chunk(region) - kHeldChunks + step / 4;
-        wgmma_m64n64k16(s, MatrixOperand(base + M::q, 16, 1024).at(chunk * M::kChunk + step % 4 * 32), k.at(within), 1);
+        const int chunk = first_chunk(region) + step / 4 - kHeldChunks;
+        wgmma_m64n64k16(s, shared_q.at(chunk * M::kChunk + step % 4 * 32), k.at(within), 1);
       }
       if (step % 4 == 3) wgmma_commit();
     }
