@@ -154,7 +154,7 @@ class HopperMla:
         return self._q_map(q, rows, 8, 1), kv_map, rotary_map
 
     def _q_map(self, q: Tensor, rows: int, groups: int, chunks: int) -> TensorMap:
-        """A copy is `groups` eights of queries, of which those beyond the row's are zeros, by `chunks` of 64 columns."""
+        """A copy is `groups` eights of queries, those beyond the row's zeros, by `chunks` of 64 columns."""
         dims, strides = (64, 8, 9, self.queries // 8, rows), (1152, 128, 9216, self.queries * 1152)
         return self.maps.get(q, dims, strides, (64, 8, chunks, groups, 1))
 

@@ -111,49 +111,48 @@ MLA_BUGS = [
     # Barriers: waits that are missing, at the wrong phase, or for the wrong number of bytes.
     Bug("mla_softmax", "barrier_wait(base + M::full(stage, region), stage.parity_of(region));", ""),
     Bug("mla_softmax", "barrier_wait(base + M::full(stage, region), stage.parity);", ""),
-    Bug("mla_accumulate", "barrier_wait(base + M::p_full(stage), stage.parity);", ""),
+    Bug("mla_accumulate", "barrier_wait(base + (kAtOnce ? M::p_full(stage) : M::turn(stage)), stage.parity);", ""),
     Bug("mla_fetch", "barrier_wait(empty, stage.parity_of(region) ^ 1);", ""),
     Bug("mla_fetch", "M::empty(stage, region), stage.parity ^ 1);", "M::empty(stage, region), stage.parity);"),
     Bug("mla_fetch", "if (!held) barrier_wait(base + M::q_empty, q_parity);", ""),
     Bug("mla_fetch", "barrier_expect(full, halves * bytes);", "barrier_expect(full, 2 * bytes);"),
     Bug("mla_fetch", "barrier_expect(full, halves * bytes);", "barrier_expect(full, bytes);"),
     Bug("mla_fetch", "stage.before()", "stage"),
+    # Slots: passed back too early, too often, by too few, or not at all.
     Bug("mla_layout", "slot = 0, parity ^= 1;", "slot = 0;"),
     Bug("mla_layout", "last_parity ^= last_slot;", "last_parity ^= 1;"),
     Bug("mla_layout", "kLastSlots = 2;", "kLastSlots = 1;"),
+    Bug("mla_layout", "rescale + 256 * stage.slot", "rescale"),
     Bug("mla_partial", "(region == kRotary ? 8 : 4)", "4"),
     Bug("mla_softmax", "  mla_release<C>(base + M::empty(stage, kRotary));  // which", "  // which"),
-    Bug("mla_softmax", "if (lane == 0) barrier_arrive(base + M::p_full(stage));", ""),
+    Bug("mla_softmax", "    barrier_arrive(base + M::turn(stage));", ""),
     Bug("mla_accumulate", "mla_release<C>(base + M::empty(stage, kRotary));", ""),
-    # Weights: held back for good, passed before they are there, passed twice, or over what is still needed.
-    Bug("mla_softmax", "      mla_pass(held);\n    }", "    }"),
+    Bug("mla_accumulate", "if (!last) mla_release<C>(base + M::empty(stage, kLast));", ""),
+    # Weights: never there, there too early, over what is still needed, or of another tile.
+    Bug("mla_softmax", "      mla_pass_turn(held);\n    }", "    }"),
     Bug(
         "mla_softmax",
-        "        mla_scores(s, q, base, stage, held);",
-        "held = base + M::p_full(stage); mla_scores(s, q, base, stage, held);",
+        "held = base + M::turn(stage);\n        stage.pass_tile();",
+        "stage.pass_tile(); held = base + M::turn(stage);",
     ),
     Bug("mla_softmax", "  held = 0;", ""),
     Bug("mla_softmax", "named_barrier(3, 128);", ""),
-    Bug("mla_layout", "rescale + 256 * stage.slot", "rescale"),
-    Bug("mla_layout", "inverse + 256 * stage.slot", "inverse"),
+    Bug("mla_softmax", "barrier_arrive(base + M::p_full(stage));\n}", "barrier_arrive(base + M::turn(stage));\n}"),
     # Products: read, or their operands passed back, before they are complete.
     Bug("mla_accumulate", "wgmma_wait<1>();", ""),
-    Bug("mla_accumulate", "wgmma_wait<0>();", ""),
+    Bug("mla_accumulate", "wgmma_wait<0>();\n        if (!last)", "if (!last)"),
+    Bug("mla_accumulate", "wgmma_wait<0>();\n      if (last)", "if (last)"),
     Bug("mla_softmax", "wgmma_wait<0>();", ""),
     Bug("mla_accumulate", "wgmma_begin();", ""),
     # What ordinary stores and the tensor cores see of each other.
-    Bug("mla_softmax", "fence_async_proxy();\n  __syncwarp();", "__syncwarp();"),
+    Bug("mla_softmax", "fence_async_proxy();", ""),
     Bug("mla_accumulate", "fence_async_proxy();\n  named_barrier(1 + side, 128);", "named_barrier(1 + side, 128);"),
     Bug("mla_accumulate", "named_barrier(1 + side, 128);  // all", "// all"),
     # Masks, layouts, numbers.
     Bug("mla_softmax", "mla_mask(s, bound - tile * kTileTokens);", ""),
     Bug("mla_accumulate", "if (valid < kTileTokens) mla_clear_tail(values, side, valid);", ""),
     Bug("mla_layout", "column ^ (row % 8 * 16)", "column ^ (row % 4 * 16)"),
-    Bug(
-        "mla_accumulate",
-        "MatrixOperand v(values[half], 1024, 2048)",
-        "MatrixOperand v(values[half], 2048, 1024)",
-    ),
+    Bug("mla_accumulate", "v(values, 1024, 2048)", "v(values, 2048, 1024)"),
     Bug("mla_merge", "__expf(weight[i] - finite<C>(largest));", "__expf(weight[i] - sum.top);"),
     Bug("mla_merge", "weight * totals[w]", "totals[w]", processors=20),  # many parts of a row
 ]

@@ -54,6 +54,16 @@ HELIX_DEVICE void mla_rescale(float (&o)[2][64], u32 factors) {
   for (int i = 0; i < 128; ++i) o[i / 64][i % 64] *= i % 4 < 2 ? scale0 : scale1;
 }
 
+// 128 columns of O += P V, or = P V. Not waited for.
+HELIX_DEVICE void mla_multiply(float (&o)[64], u32 weights, u32 values, bool first) {
+  const MatrixOperand p(weights, 16, 1024), v(values, 1024, 2048);
+  wgmma_begin();
+#pragma unroll
+  for (int step = 0; step < 4; ++step)
+    wgmma_m64n128k16(o, p.at(step * 32), v.at(step * 2 * 2048), step > 0 || !first);
+  wgmma_commit();
+}
+
 // Where a segment's result goes, from this block's first query and this side's first column on.
 template <class C> HELIX_DEVICE bfloat16* mla_output(const MlaArguments& a, const Segment& segment, int side) {
   bfloat16* to = segment.whole ? a.o : a.part_o;
@@ -66,8 +76,11 @@ template <class C> HELIX_DEVICE void mla_write_zeros(bfloat16* to) {
     store_global(to + i / 32 * 512 + i % 32 * 8, Vector16{{0, 0, 0, 0}});
 }
 
-// One warpgroup: O[64][256] += P V over a segment, then O / sum to memory. `side` says which 256 columns.
-template <class C> HELIX_DEVICE void mla_accumulate(const MlaArguments& a, u32 base, int side) {
+// One warpgroup: O[64][256] += P V over a segment, then O / sum to memory. `side` says which 256 columns. What lies in the
+// last region is multiplied as soon as there are weights, for its two slots are soon needed; all else when it is its turn.
+template <class C, int side> HELIX_DEVICE void mla_accumulate(const MlaArguments& a, u32 base) {
+  constexpr int kFirst = side == 0 ? 0 : 1;  // half of the columns, in the order in which the regions are fetched again
+  constexpr bool kAtOnce = region_of(side, kFirst) == kLast;
   Stage stage;
   Segments<C> segments(a.segments);
   wait_for_previous_kernels();
@@ -84,23 +97,21 @@ template <class C> HELIX_DEVICE void mla_accumulate(const MlaArguments& a, u32 b
     for (bool first = true; tiles > 0; --tiles, first = false) {
       const bool last = tiles == 1;
       const u32 values[2] = {base + M::region(stage, region_of(side, 0)), base + M::region(stage, region_of(side, 1))};
-      barrier_wait(base + M::p_full(stage), stage.parity);
+      barrier_wait(base + (kAtOnce ? M::p_full(stage) : M::turn(stage)), stage.parity);
       if (!first) mla_rescale(o, base + M::row_rescale(stage, mla_row()));
       if (valid < kTileTokens) mla_clear_tail(values, side, valid);
       valid -= kTileTokens;
-      const MatrixOperand p(base + M::p(stage), 16, 1024);
-      wgmma_begin();
-#pragma unroll
-      for (int half = 1; half >= 0; --half) {  // what has fewer slots first
-        const MatrixOperand v(values[half], 1024, 2048);
-#pragma unroll
-        for (int step = 0; step < 4; ++step)
-          wgmma_m64n128k16(o[half], p.at(step * 32), v.at(step * 2 * 2048), step > 0 || !first);
-        wgmma_commit();
+      const u32 p = base + M::p(stage);
+      mla_multiply(o[kFirst], p, values[kFirst], first);
+      if (kAtOnce) {
+        wgmma_wait<0>();
+        if (!last) mla_release<C>(base + M::empty(stage, kLast));
+        barrier_wait(base + M::turn(stage), stage.parity);
       }
-      if (!last) {
+      mla_multiply(o[1 - kFirst], p, values[1 - kFirst], first);
+      if (!kAtOnce && !last) {
         wgmma_wait<1>();
-        mla_release<C>(base + M::empty(stage, region_of(side, 1)));
+        mla_release<C>(base + M::empty(stage, region_of(side, kFirst)));
       }
       wgmma_wait<0>();
       if (last) {
@@ -109,9 +120,9 @@ template <class C> HELIX_DEVICE void mla_accumulate(const MlaArguments& a, u32 b
                   queries_here<C>());
         fence_async_proxy();
         __syncwarp();
-        mla_release<C>(base + M::empty(stage, region_of(side, 1)));
+        mla_release<C>(base + M::empty(stage, region_of(side, kFirst)));
       }
-      mla_release<C>(base + M::empty(stage, region_of(side, 0)));
+      mla_release<C>(base + M::empty(stage, region_of(side, 1 - kFirst)));
       mla_release<C>(base + M::empty(stage, kRotary));
       stage.pass_tile();
     }

@@ -54,7 +54,8 @@ struct MlaShared {
   static constexpr u32 q = last + Stage::kLastSlots * kRegion, rescale = q + (9 - kHeldChunks) * kChunk;
   static constexpr u32 inverse = rescale + Stage::kSlots * 256, full_barriers = inverse + Stage::kSlots * 256;
   static constexpr u32 kBarriers = 8 * Stage::kSlots * kRegions, empty_barriers = full_barriers + kBarriers;
-  static constexpr u32 p_full_barriers = empty_barriers + kBarriers, q_empty = p_full_barriers + 8 * Stage::kSlots;
+  static constexpr u32 p_full_barriers = empty_barriers + kBarriers;
+  static constexpr u32 turn_barriers = p_full_barriers + 8 * Stage::kSlots, q_empty = turn_barriers + 8 * Stage::kSlots;
   static constexpr u32 bytes = q_empty + 8;
   static_assert(bytes <= 232448, "shared memory of one block");
   HELIX_DEVICE static u32 region(const Stage& stage, int region) {
@@ -69,6 +70,7 @@ struct MlaShared {
   // P takes the place of the rotary columns.
   HELIX_DEVICE static u32 p(const Stage& stage) { return region(stage, kRotary); }
   HELIX_DEVICE static u32 p_full(const Stage& stage) { return p_full_barriers + 8 * stage.slot; }
+  HELIX_DEVICE static u32 turn(const Stage& stage) { return turn_barriers + 8 * stage.slot; }  // of the products held back
   HELIX_DEVICE static u32 row_rescale(const Stage& stage, u32 row) { return rescale + 256 * stage.slot + 4 * row; }
   HELIX_DEVICE static u32 row_inverse(const Stage& stage, u32 row) { return inverse + 256 * stage.slot + 4 * row; }
 };

@@ -46,6 +46,7 @@ template <class C> HELIX_DEVICE void mla_partial(const MlaArguments& a, const Ml
     for (u32 slot = 0; slot < Stage::kSlots; ++slot) {
       const Stage stage = {slot, 0, slot, 0};
       barrier_init(base + M::p_full(stage), 4);
+      barrier_init(base + M::turn(stage), 4);
       for (int region = 0; region < kRegions; ++region) {
         barrier_init(base + M::full(stage, region), 1);
         // Warps of the warpgroup whose columns these are, or of both for P.
@@ -63,9 +64,12 @@ template <class C> HELIX_DEVICE void mla_partial(const MlaArguments& a, const Ml
   } else if (group == 1) {
     registers_grow<160>();
     mla_softmax<C>(a, base);
+  } else if (group == 2) {
+    registers_grow<160>();
+    mla_accumulate<C, 0>(a, base);
   } else {
     registers_grow<160>();
-    mla_accumulate<C>(a, base, group - 2);
+    mla_accumulate<C, 1>(a, base);
   }
 }
 

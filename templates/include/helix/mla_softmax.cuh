@@ -23,21 +23,24 @@ template <class C> HELIX_DEVICE void mla_load_queries(MlaQueries& q, u32 base, c
   __syncwarp();
   for (int region = 0; region <= kRotary; ++region) mla_release<C>(base + M::empty(stage, region));
   mla_release<C>(base + M::empty(stage, kRotary));  // which waits for two warpgroups
-  if (lane == 0) barrier_arrive(base + M::p_full(stage));
+  if (lane == 0) {  // their slots take part in everything
+    barrier_arrive(base + M::p_full(stage));
+    barrier_arrive(base + M::turn(stage));
+  }
 }
 
-// Lets the warpgroups of O have the weights that are held back, if any.
-HELIX_DEVICE void mla_pass(u32& held) {
+// Lets the products with the weights of the tile before begin, if they are held back.
+HELIX_DEVICE void mla_pass_turn(u32& held) {
   if (held != 0 && threadIdx.x % 32 == 0) barrier_arrive(held);
   held = 0;
 }
 
 // S[64][64] = Q K' of a tile, region by region as they arrive; column 8 j + 2 (lane % 4) + e of row lane / 4 + 8 r is
-// in s[4 j + 2 r + e]. The weights of the tile before are passed when most is done, or there is nothing to do yet.
+// in s[4 j + 2 r + e]. The tensor cores are passed on a little early: it takes a while until they are used.
 HELIX_DEVICE void mla_scores(float (&s)[32], const MlaQueries& q, u32 shared, const Stage& stage, u32& held) {
   const u32 base = opaque(shared);
   const MatrixOperand shared_q(base + M::q, 16, 1024);
-  if (!__any_sync(0xffffffffu, barrier_passed(base + M::full(stage, kRotary), stage.parity))) mla_pass(held);
+  if (!__any_sync(0xffffffffu, barrier_passed(base + M::full(stage, 0), stage.parity))) mla_pass_turn(held);
 #pragma unroll
   for (int region = 0; region < kRegions; ++region) {
     const MatrixOperand k(base + M::region(stage, region), 16, 1024 * chunks_in(region));
@@ -56,7 +59,7 @@ HELIX_DEVICE void mla_scores(float (&s)[32], const MlaQueries& q, u32 shared, co
     }
   }
   wgmma_wait<1>();
-  mla_pass(held);
+  mla_pass_turn(held);
   wgmma_wait<0>();
 }
 
@@ -145,10 +148,11 @@ HELIX_DEVICE void mla_publish(const float (&s)[32], const float (&factor)[2], Ml
   }
   fence_async_proxy();
   __syncwarp();
+  if (lane == 0) barrier_arrive(base + M::p_full(stage));
 }
 
-// One warpgroup: scores, running softmax, and the LSE. The weights of a tile are held back until the scores of the next
-// one are almost there: then P V has the tensor cores for itself during the softmax, and the scores have them before.
+// One warpgroup: scores, running softmax, and the LSE. Most of P V is held back until the scores of the next tile are
+// almost there: it has the tensor cores for itself during their softmax, and they have them before.
 template <class C> HELIX_DEVICE void mla_softmax(const MlaArguments& a, u32 base) {
   const int thread = int(threadIdx.x) % 128, lane = thread % 32, row0 = thread / 32 * 16 + lane / 4;
   Stage stage;
@@ -174,10 +178,10 @@ template <class C> HELIX_DEVICE void mla_softmax(const MlaArguments& a, u32 base
         softmax.refer(s, factor);
         softmax.weigh(s);
         mla_publish(s, factor, softmax, base, stage, last);
-        held = base + M::p_full(stage);
+        held = base + M::turn(stage);
         stage.pass_tile();
       }
-      mla_pass(held);
+      mla_pass_turn(held);
     }
     if (lane % 4 == 0) {
       const Segment& segment = segments.current();
