@@ -136,7 +136,6 @@ MLA_BUGS = [
         "stage.pass_tile(); held = base + M::turn(stage);",
     ),
     Bug("mla_softmax", "  held = 0;", ""),
-    Bug("mla_softmax", "named_barrier(3, 128);", ""),
     Bug("mla_softmax", "barrier_arrive(base + M::p_full(stage));\n}", "barrier_arrive(base + M::turn(stage));\n}"),
     # Products: read, or their operands passed back, before they are complete.
     Bug("mla_accumulate", "wgmma_wait<1>();", ""),
@@ -175,6 +174,7 @@ GQA_BUGS = [
 ]
 
 CLUSTER_BUGS = [
+    Bug("mla_softmax", "named_barrier(3, 128);", ""),
     Bug("mla_layout", "if (lane < 2) barrier_arrive_cluster(empty, lane);", "if (lane == 0) barrier_arrive(empty);"),
     Bug("mla_fetch", "kEvictFirst, 3)", "kEvictFirst, 1)"),
     Bug("mla_fetch", "pending < Stage::kSlots;", "pending < 0;"),

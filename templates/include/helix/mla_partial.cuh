@@ -21,10 +21,10 @@
 // Cycles of a multiprocessor for a tile and 64 queries: tensor cores 2,176, of which S 1,152 and O 1,024. Shared memory,
 // at 128 bytes a cycle, 2,176: 576 to write the tile, 576 to read it as K and 512 as V, 192 for Q's part of 24 KiB, 64
 // to write P and 256 to read it (a warpgroup's two products of 128 columns each read it all). Softmax: about 750, in
-// which only O can use the tensor cores. So O is held back until the scores of the next tile are nearly done: then it
-// runs under their softmax, which takes as long, and neither makes the other late. This is what the third slots are for:
-// S is two tiles ahead of O. Roofline: memory, 1152 bytes a token, for Q <= 64; the tensor cores about as much for
-// Q = 128.
+// which only O can use the tensor cores. So three of O's four products of a tile, 768 cycles, are held back until the
+// scores of the next tile are nearly done, and run under their softmax. The fourth, of the last region, is computed at
+// once: a slot that waited for its turn, too, would come back too late for a region that has only two. Roofline: memory,
+// 1152 bytes a token, for Q <= 64; the tensor cores about as much for Q = 128.
 //
 // Programmatic dependent launch: the schedule, the page table and all tokens but a row's newest are read before the
 // previous kernel is waited for, so they must be older than that; every kernel in the chain lets its successor start
