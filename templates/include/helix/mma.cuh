@@ -24,8 +24,14 @@ HELIX_DEVICE FragmentA load_matrices_transposed(u32 address) {
   return a;
 }
 
-// Four 8x8 matrices of 16-bit elements to shared memory, each transposed; lane l gives the address of row l % 8 of
-// matrix l / 8.
+// Four 8x8 matrices of 16-bit elements to shared memory; lane l gives the address of row l % 8 of matrix l / 8.
+HELIX_DEVICE void store_matrices(u32 address, const FragmentA& a) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], { %1, %2, %3, %4 };" ::"r"(address), "r"(a.x[0]),
+               "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3])
+               : "memory");
+}
+
+// The same, each matrix transposed.
 HELIX_DEVICE void store_matrices_transposed(u32 address, const FragmentA& a) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], { %1, %2, %3, %4 };" ::"r"(address), "r"(a.x[0]),
                "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3])

@@ -45,18 +45,27 @@ HELIX_DEVICE FragmentA load_matrices_transposed(u32 address) {
   return mine.a;
 }
 
+template <bool transposed> void scatter_matrices(const simt::Lanes& lanes) {
+  if (lanes.present != 0xffffffffu) simt::fail("stmatrix by lanes %08x only", lanes.present);
+  for (u32 lane = 0; lane < 32; ++lane)
+    for (u32 matrix = 0; matrix < 4; ++matrix)
+      for (u32 i = 0; i < 2; ++i) {
+        u32 row = lane / 4, column = lane % 4 * 2 + i;
+        if (transposed) std::swap(row, column);
+        const u16 bits = u16(lanes.at<MatrixRow>(lane).a.x[matrix] >> (16 * i));
+        const u32 to = lanes.at<MatrixRow>(matrix * 8 + row).address;
+        std::memcpy(static_cast<u8*>(simt::shared(to, 16, 16)) + column * 2, &bits, 2);
+      }
+}
+
+HELIX_DEVICE void store_matrices(u32 address, const FragmentA& a) {
+  MatrixRow mine = {address, a};
+  simt::meet("stmatrix", 0xffffffffu, &mine, scatter_matrices<false>);
+}
+
 HELIX_DEVICE void store_matrices_transposed(u32 address, const FragmentA& a) {
   MatrixRow mine = {address, a};
-  simt::meet("stmatrix.trans", 0xffffffffu, &mine, [](const simt::Lanes& lanes) {
-    if (lanes.present != 0xffffffffu) simt::fail("stmatrix by lanes %08x only", lanes.present);
-    for (u32 lane = 0; lane < 32; ++lane)
-      for (u32 matrix = 0; matrix < 4; ++matrix)
-        for (u32 i = 0; i < 2; ++i) {
-          const u32 row = lane / 4, column = lane % 4 * 2 + i, to = lanes.at<MatrixRow>(matrix * 8 + column).address;
-          const u16 bits = u16(lanes.at<MatrixRow>(lane).a.x[matrix] >> (16 * i));
-          std::memcpy(static_cast<u8*>(simt::shared(to, 16, 16)) + row * 2, &bits, 2);
-        }
-  });
+  simt::meet("stmatrix.trans", 0xffffffffu, &mine, scatter_matrices<true>);
 }
 
 HELIX_DEVICE u32 transpose(u32 x) {
