@@ -158,13 +158,13 @@ def _combine(spec: KernelSpec) -> KernelConfig:
 
 
 def _mla_cluster(spec: KernelSpec) -> int:
-    """Thread blocks for the queries of a scheduled row: the output of 64 fills a multiprocessor's registers."""
+    """Thread blocks that share each tile: the output of 64 queries fills a multiprocessor's registers."""
     return -(-_mla_queries(spec) // 64)
 
 
 def _mla_queries(spec: KernelSpec) -> int:
     params = dict(spec.params)
-    return int(params["heads"]) * int(params["row_tokens"])
+    return int(params["heads"]) * int(params["cluster_tokens"])
 
 
 def _mla_fp8_partial(spec: KernelSpec) -> KernelConfig:

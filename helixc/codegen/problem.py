@@ -211,7 +211,8 @@ def _mla_schedule(shape: AttentionShape, arch: str) -> KernelSpec:
 
 
 def _mla_partial(shape: AttentionShape, arch: str) -> KernelSpec:
-    tokens: Params = (("query_tokens", shape.query_tokens), ("row_tokens", _row_tokens(shape)))
+    row, cluster = _row_tokens(shape), _cluster_tokens(shape)
+    tokens: Params = (("query_tokens", shape.query_tokens), ("row_tokens", row), ("cluster_tokens", cluster))
     params: Params = (*_heads(shape), ("partial_dim", shape.partial_dim), ("scale", shape.scale), *tokens)
     template = "mla_partial" if shape.kv_dtype == "bfloat16" else "mla_fp8_partial"
     name = f"{template}_h{shape.heads}{_several(shape.query_tokens)}_b{shape.block}"
@@ -225,7 +226,17 @@ def _mla_merge(shape: AttentionShape, arch: str) -> KernelSpec:
 
 
 def _row_tokens(shape: AttentionShape) -> int:
-    """Query tokens that are one row of the schedule: as many, a divisor of all, as have 128 heads in one cluster.
+    """Query tokens that are one row of the schedule, read by a team of clusters at the same time: all, or two of four.
+
+    So the team reads memory once. Teams of two and three leave no multiprocessor out; of four, four of 132 would be.
+    """
+    cluster = _cluster_tokens(shape)
+    clusters = shape.query_tokens // cluster
+    return cluster * (clusters if clusters <= 3 else 2)
+
+
+def _cluster_tokens(shape: AttentionShape) -> int:
+    """Query tokens of one cluster: as many, a divisor of all, as have 128 heads.
 
     A warp computes 16 of them, of one token.
     """

@@ -103,9 +103,10 @@ class Portable:
 
 
 class HopperMla:
-    """templates/kernels/mla_*: workers of one thread block, or of two that share every tile, and one merge.
+    """templates/kernels/mla_*: workers of one or more clusters of one or two thread blocks, and one merge.
 
-    A row here is `row_tokens` query tokens of one of the batch's rows, and their heads its queries.
+    A row here is `row_tokens` query tokens of one of the batch's rows, and their heads its queries. Its worker is a team
+    of clusters, each for some of the tokens.
     """
 
     MERGE_BLOCKS = 264  # two a multiprocessor of an H100
@@ -120,14 +121,15 @@ class HopperMla:
     ) -> None:
         self.kernel, self.partial = partial
         self.schedule, self.merge = chosen["mla_schedule"][1], chosen["mla_merge"][1]
-        self.row_tokens = int(self.kernel.params["row_tokens"])
-        self.queries = shape.heads * self.row_tokens
+        names = ("row_tokens", "cluster_tokens", "cluster")
+        self.row_tokens, cluster_tokens, cluster = (int(self.kernel.params[name]) for name in names)
         self.shape, self.device = shape, device
-        self.cluster = int(self.kernel.params["cluster"])
-        self.workers = processors // self.cluster
+        self.cluster_queries, self.team = shape.heads * cluster_tokens, self.row_tokens // cluster_tokens
+        self.workers = max(1, processors // (cluster * self.team))
+        self.blocks = self.workers * cluster * self.team
         self.split = torch.zeros(self.workers, 4, dtype=torch.int32, device=device)
         self.split_count = torch.zeros(1, dtype=torch.int32, device=device)
-        size = (2 * self.workers, self.queries)
+        size = (2 * self.workers, shape.heads * self.row_tokens)
         self.part_o = torch.empty(*size, shape.partial_dim, dtype=torch.bfloat16, device=device)
         self.part_lse = torch.empty(*size, dtype=torch.float32, device=device)
         self.segments: dict[int, Tensor] = {}  # by number of rows
@@ -143,9 +145,9 @@ class HopperMla:
     def attend(self, q: Tensor, cache: LayerCache, batch: DecodeBatch, out: Partial) -> SplitPartial:
         rows = len(batch.lengths) // self.row_tokens
         pointers = (out.o, out.lse, self.part_o, self.part_lse, batch.page_table, self._segments(rows))
-        grid = (self.workers * self.cluster, 1, 1)
         maps, more = self._maps(q, rows, cache), self._more(cache, batch)
-        self.partial.launch(grid, *maps, *map(address, pointers), batch.page_table.shape[1], *map(address, more))
+        width = batch.page_table.shape[1]
+        self.partial.launch((self.blocks, 1, 1), *maps, *map(address, pointers), width, *map(address, more))
         splits = (self.part_o, self.part_lse, self.split, self.split_count)
 
         def merge() -> None:
@@ -163,7 +165,8 @@ class HopperMla:
 
     def _q_map(self, q: Tensor, rows: int, groups: int, chunks: int) -> TensorMap:
         """A copy is `groups` eights of queries, those beyond the row's zeros, by `chunks` of 64 columns."""
-        dims, strides = (64, 8, 9, self.queries // 8, rows), (1152, 128, 9216, self.queries * 1152)
+        dims = (64, 8, 9, self.cluster_queries // 8, rows * self.team)
+        strides = (1152, 128, 9216, self.cluster_queries * 1152)
         return self.maps.get(q, dims, strides, (64, 8, chunks, groups, 1))
 
     def _more(self, cache: LayerCache, batch: DecodeBatch) -> tuple[Tensor | None, ...]:

@@ -30,14 +30,17 @@ SHAPES = {
     "fp8 h128 b32": mla(128, 32, kv_dtype=FP8),
     "fp8 h16 b64 4 tokens": mla(16, 64, kv_dtype=FP8, query_tokens=4),
     "fp8 h32 b32 3 tokens": mla(32, 32, kv_dtype=FP8, query_tokens=3),  # 64 queries in one block, 32 in the other
-    "fp8 h64 b32 4 tokens": mla(64, 32, kv_dtype=FP8, query_tokens=4),  # two rows of the schedule for one
+    "fp8 h64 b32 4 tokens": mla(64, 32, kv_dtype=FP8, query_tokens=4),  # a team of two clusters of two tokens
     "fp8 h128 b64 2 tokens": mla(128, 64, kv_dtype=FP8, query_tokens=2),
     "fp8 h24 b32 2 tokens": mla(24, 32, kv_dtype=FP8, query_tokens=2),
     "h8 b32 2 tokens": mla(8, 32, query_tokens=2),
     "h16 b32 3 tokens": mla(16, 32, query_tokens=3),
     "h32 b64 3 tokens": mla(32, 64, query_tokens=3),
     "h64 b32 2 tokens": mla(64, 32, query_tokens=2),
-    "h64 b64 3 tokens": mla(64, 64, query_tokens=3),
+    "h64 b64 3 tokens": mla(64, 64, query_tokens=3),  # a team of three thread blocks
+    "h64 b32 4 tokens": mla(64, 32, query_tokens=4),
+    "h128 b64 2 tokens": mla(128, 64, query_tokens=2),
+    "h24 b32 4 tokens": mla(24, 32, query_tokens=4),  # two rows of the schedule for one
 }
 SMALL = mla(16, 32, kv_dtype=FP8, query_tokens=2)
 
@@ -157,7 +160,7 @@ BUGS = [
     Bug("mla_fp8_accumulate", "half + step > 0 || tile > first_tile", "true"),
     Bug("mla_fp8_accumulate", "mla_release<C>(base + M8::empty(stage.index));", ""),
     Bug("mla_fp8_fetch", "i64(group) * 8, 32", "i64(group) * 4, 32"),
-    Bug("mla_layout", "segment.row * C::row_tokens + token]", "segment.row * C::row_tokens]"),
+    Bug("mla_layout", "C::cluster_tokens + token]", "C::cluster_tokens]"),
     Bug("mla_schedule", "kRowTokens + kRowTokens - 1]", "kRowTokens]"),
     Bug("mla_merge", "return C::row_tokens > 1 && is_minus_infinity(top) ? 0.0f : top;", "return top;"),
 ]  # fmt: skip

@@ -111,7 +111,7 @@ MLA_BUGS = [
     # Barriers: waits that are missing, at the wrong phase, or for the wrong number of bytes.
     Bug("mla_softmax", "barrier_wait(base + M::full(stage, region), stage.parity_of(region));", ""),
     Bug("mla_softmax", "barrier_wait(base + M::full(stage, region), stage.parity);", ""),
-    Bug("mla_accumulate", "barrier_wait(base + (kAtOnce ? M::p_full(stage) : M::turn(stage)), stage.parity);", ""),
+    Bug("mla_accumulate", "barrier_wait(base + M::p_full(stage), stage.parity);", ""),
     Bug("mla_fetch", "barrier_wait(empty, stage.parity_of(region) ^ 1);", ""),
     Bug("mla_fetch", "M::empty(stage, region), stage.parity ^ 1);", "M::empty(stage, region), stage.parity);"),
     Bug("mla_fetch", "if (!held) barrier_wait(base + M::q_empty, q_parity);", ""),

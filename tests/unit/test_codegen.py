@@ -106,26 +106,29 @@ def test_the_queries_of_a_kv_head_are_shared_among_thread_blocks(
 
 
 @pytest.mark.parametrize(
-    ("heads", "tokens", "row_tokens", "cluster", "width"),
+    ("heads", "tokens", "row_tokens", "cluster_tokens", "cluster", "width"),
     [
-        (16, 1, 1, 1, 16),
-        (16, 2, 2, 1, 32),
-        (16, 3, 3, 1, 64),
-        (32, 1, 1, 1, 32),
-        (32, 3, 3, 2, 64),
-        (32, 4, 4, 2, 64),
-        (64, 2, 2, 2, 64),
-        (64, 3, 1, 1, 64),  # 192 queries are too many for a cluster
-        (64, 4, 2, 2, 64),
-        (128, 4, 1, 2, 64),
+        (16, 1, 1, 1, 1, 16),
+        (16, 2, 2, 2, 1, 32),
+        (16, 3, 3, 3, 1, 64),
+        (24, 2, 2, 1, 1, 32),
+        (32, 1, 1, 1, 1, 32),
+        (32, 3, 3, 3, 2, 64),
+        (32, 4, 4, 4, 2, 64),
+        (64, 2, 2, 2, 2, 64),
+        (64, 3, 3, 1, 1, 64),  # 192 queries are too many for a cluster
+        (64, 4, 4, 2, 2, 64),
+        (128, 3, 3, 1, 2, 64),
+        (128, 4, 2, 1, 2, 64),
     ],
 )
 def test_query_tokens_share_tiles_as_far_as_a_cluster_has_room(
-    heads: int, tokens: int, row_tokens: int, cluster: int, width: int
+    heads: int, tokens: int, row_tokens: int, cluster_tokens: int, cluster: int, width: int
 ) -> None:
     shape = mla(heads, 64, kv_dtype="float8_e4m3fn", query_tokens=tokens)
     schedule, partial, merge = attention(shape, "sm_90a")
     assert {dict(spec.params)["row_tokens"] for spec in (schedule, partial, merge)} == {row_tokens}
+    assert dict(partial.params)["cluster_tokens"] == cluster_tokens
     choice = configure(partial)
     assert (choice.cluster, choice.width) == (cluster, width)
     assert choice.dynamic_shared is not None and choice.dynamic_shared <= 232_448

@@ -67,7 +67,8 @@ HELIX_DEVICE void mla_multiply(float (&o)[64], u32 weights, u32 values, bool fir
 // Where a segment's result goes, from this block's first query and this side's first column on.
 template <class C> HELIX_DEVICE bfloat16* mla_output(const MlaArguments& a, const Segment& segment, int side) {
   bfloat16* to = segment.whole ? a.o : a.part_o;
-  return to + (i64(segment.whole ? segment.row : segment.partial) * C::queries + head_half<C>() * 64) * 512 + side * 256;
+  const i64 place = mla_place<C>(segment.whole ? segment.row : segment.partial);
+  return to + (place * C::queries + head_half<C>() * 64) * 512 + side * 256;
 }
 
 template <class C> HELIX_DEVICE void mla_write_zeros(bfloat16* to) {
@@ -80,7 +81,7 @@ template <class C> HELIX_DEVICE void mla_write_zeros(bfloat16* to) {
 // last region is multiplied as soon as there are weights, for its two slots are soon needed; all else when it is its turn.
 template <class C, int side> HELIX_DEVICE void mla_accumulate(const MlaArguments& a, u32 base) {
   constexpr int kFirst = side == 0 ? 0 : 1;  // half of the columns, in the order in which the regions are fetched again
-  constexpr bool kAtOnce = region_of(side, kFirst) == kLast;
+  constexpr bool kAtOnce = region_of(side, kFirst) == kLast && C::team * C::shares == 1;
   Stage stage;
   Segments<C> segments(a.segments);
   wait_for_previous_kernels();
@@ -97,17 +98,18 @@ template <class C, int side> HELIX_DEVICE void mla_accumulate(const MlaArguments
     for (bool first = true; tiles > 0; --tiles, first = false) {
       const bool last = tiles == 1;
       const u32 values[2] = {base + M::region(stage, region_of(side, 0)), base + M::region(stage, region_of(side, 1))};
-      barrier_wait(base + (kAtOnce ? M::p_full(stage) : M::turn(stage)), stage.parity);
+      barrier_wait(base + M::p_full(stage), stage.parity);
       if (!first) mla_rescale(o, base + M::row_rescale(stage, mla_row()));
       if (valid < kTileTokens) mla_clear_tail(values, side, valid);
       valid -= kTileTokens;
       const u32 p = base + M::p(stage);
-      mla_multiply(o[kFirst], p, values[kFirst], first);
       if (kAtOnce) {
+        mla_multiply(o[kFirst], p, values[kFirst], first);
         wgmma_wait<0>();
         if (!last) mla_release<C>(base + M::empty(stage, kLast));
-        barrier_wait(base + M::turn(stage), stage.parity);
       }
+      barrier_wait(base + M::turn(stage), stage.parity);
+      if (!kAtOnce) mla_multiply(o[kFirst], p, values[kFirst], first);
       mla_multiply(o[1 - kFirst], p, values[1 - kFirst], first);
       if (!kAtOnce && !last) {
         wgmma_wait<1>();

@@ -16,16 +16,25 @@ HELIX_DEVICE void mla_fetch_queries(const TensorMap* map, u32 base, const Stage&
     if (!held) barrier_wait(base + M::q_empty, q_parity);
     barrier_expect(full, u32(end - first) * M::kChunk);
 #pragma unroll
-    for (int chunk = first; chunk < end; ++chunk)
-      copy_5d(to + u32(chunk - first) * M::kChunk, map, full, 0, 0, chunk, head_half<C>() * 8, row, kEvictLast);
+    for (int chunk = first; chunk < end; ++chunk) {
+      const int place = int(mla_place<C>(row));
+      copy_5d(to + u32(chunk - first) * M::kChunk, map, full, 0, 0, chunk, head_half<C>() * 8, place, kEvictLast);
+    }
   }
 }
 
-// One warp: fetches Q and KV, region by region, always as far ahead as the regions passed back allow. The first tile
-// does not wait for the previous kernel, which may write queries and new tokens alone.
+// Another warp than mla_fetch's: the first queries, as soon as the previous kernel is done.
+template <class C> HELIX_DEVICE void mla_fetch_first_queries(const MlaArguments& a, const TensorMap* map, u32 base) {
+  const Segment& first = a.segments[worker_index<C>()];
+  if (first.first_tile == first.last_tile || !elect_one()) return;
+  wait_for_previous_kernels();
+  mla_fetch_queries<C>(map, base, Stage{}, first.row, 1);
+}
+
+// One warp: fetches KV and all other queries, region by region, always as far ahead as the regions passed back allow. Old
+// tokens do not wait for the previous kernel, which may write queries and new tokens alone.
 template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaMaps& maps, u32 base) {
-  constexpr int kPagesPerTile = kTileTokens / C::block;
-  const int lane = int(threadIdx.x) % 32;
+  constexpr int kPagesPerTile = kTileTokens / C::block, kHalves = 2 / C::cluster;  // of a tile, that this block fetches
   const bool leader = elect_one();
   Stage stage;
   u32 q_parity = 1;
@@ -33,27 +42,26 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
   if (segments.left == 0) return;
   do {
     const Segment segment = segments.current();
-    const bool any = segment.first_tile < segment.last_tile;
-    const int first_page = segment.first_tile * kPagesPerTile, last = (segment.length - 1) / C::block - first_page;
-    const int* pages = a.page_table + i64(segment.row / C::shares) * a.max_pages + first_page;
-    int current = any ? pages[min(lane, last)] : 0;
-    int next = any ? pages[min(32 + lane, last)] : 0;
-    const bool starts = segments.at == worker_index<C>();  // has not waited yet
-    const bool early =
-        starts && (segment.first_tile + 1) * kTileTokens <= segment.length - C::row_tokens * C::shares;
-    if (starts && !early) wait_for_previous_kernels();
-    if (any) stage.pass_queries();
+    if (segment.first_tile == segment.last_tile) continue;
+    const auto pages_from = [&](int first) {  // one a lane; all computed anew each time, as this warp has few registers
+      const u32 last = (opaque(segment.length) - 1) / C::block, at = u32(first) + opaque(threadIdx.x);
+      return a.page_table[opaque(segment.row) / C::shares * u32(a.max_pages) + min(at, last)];
+    };
+    int current = 0, next = pages_from(segment.first_tile * kPagesPerTile / 32 * 32);
+    stage.pass_queries();
     for (int tile = segment.first_tile; tile < segment.last_tile; ++tile) {
-      const int at = (tile - segment.first_tile) * kPagesPerTile;
-      if (at > 0 && at % 32 == 0) {
+      if ((tile + 1) * kTileTokens > segment.length - C::row_tokens * C::shares) wait_for_previous_kernels();
+      const int first_page = tile * kPagesPerTile;
+      if (tile == segment.first_tile || first_page % 32 == 0) {
         current = next;
-        next = pages[min(at + 32 + lane, last)];
+        next = pages_from(first_page / 32 * 32 + 32);
       }
-      int group[2];  // 8-token group of the cache in which each half of the tile starts
+      int group[kHalves];  // 8-token group of the cache in which each half of the tile starts
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int page = __shfl_sync(0xffffffffu, current, at % 32 + half * (kPagesPerTile - 1));
-        group[half] = page * (C::block / 8) + (C::block == 64 ? half * 4 : 0);
+      for (int i = 0; i < kHalves; ++i) {
+        const int half = C::cluster == 2 ? head_half<C>() : i;
+        const int page = __shfl_sync(0xffffffffu, current, first_page % 32 + half * (kPagesPerTile - 1));
+        group[i] = page * (C::block / 8) + (C::block == 64 ? half * 4 : 0);
       }
       const int halves = segment.length - tile * kTileTokens > 32 ? 2 : 1;
 #pragma unroll
@@ -65,25 +73,28 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
           const TensorMap* map = region == kRotary ? maps.rotary : maps.kv;
           barrier_expect(full, halves * bytes);
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            if (half >= halves || (C::cluster == 2 && half != head_half<C>())) continue;
+          for (int i = 0; i < kHalves; ++i) {
+            const int half = C::cluster == 2 ? head_half<C>() : i, chunk = first_chunk(region);
+            if (half >= halves) continue;
             const u32 to = base + M::region(stage, region) + half * bytes;
-            const int chunk = first_chunk(region);
-            if constexpr (C::cluster == 2) copy_4d_multicast(to, map, full, 0, 0, chunk, group[half], kEvictFirst, 3);
-            else copy_4d(to, map, full, 0, 0, chunk, group[half], kEvictFirst);
+            if constexpr (C::cluster == 2) copy_4d_multicast(to, map, full, 0, 0, chunk, group[i], kEvictFirst, 3);
+            else copy_4d(to, map, full, 0, 0, chunk, group[i], kEvictFirst);
           }
         }
       }
       __syncwarp();
       if (tile == segment.first_tile) {  // KV first: it is what takes long
-        if (early) wait_for_previous_kernels();
-        if (leader) mla_fetch_queries<C>(maps.q, base, stage.before(), segment.row, q_parity);
+        if (segments.at != worker_index<C>()) {
+          wait_for_previous_kernels();
+          if (leader) mla_fetch_queries<C>(maps.q, base, stage.before(), segment.row, q_parity);
+          __syncwarp();
+        }
         q_parity ^= 1;
-        __syncwarp();
       }
       stage.pass_tile();
     }
   } while (segments.next());
+  wait_for_previous_kernels();
   let_next_kernel_start();
   if constexpr (C::cluster == 2) {  // a block must not leave while its peer still signals it
     for (u32 pending = 0; pending < Stage::kSlots; ++pending) {

@@ -45,8 +45,8 @@ HELIX_DEVICE void mla_fp8_write(bfloat16* to, const float (&o)[4][kSums], u32 in
 // Where a segment's result goes, from this block's first query and this side's first column on.
 template <class C> HELIX_DEVICE bfloat16* mla_fp8_output(const MlaArguments& a, const Segment& segment, int side) {
   bfloat16* to = segment.whole ? a.o : a.part_o;
-  const i64 row = segment.whole ? segment.row : segment.partial;
-  return to + (row * C::queries + head_half<C>() * 64) * 512 + side * 256;
+  const i64 place = mla_place<C>(segment.whole ? segment.row : segment.partial);
+  return to + (place * C::queries + head_half<C>() * 64) * 512 + side * 256;
 }
 
 // One warpgroup: O'[256][N] += V' P' over a segment, then O / sum to memory. `side` says which 256 columns.

@@ -81,7 +81,8 @@ HELIX_DEVICE void mla_fp8_fetch(const MlaArguments& a, const u8* scales, const M
         __syncwarp();
         if (leader) {
           barrier_expect(base + M8::q_full, M8::kQ);
-          copy_5d(base + M8::q, maps.q, base + M8::q_full, 0, 0, 0, head_half<C>() * 8, segment.row, kEvictLast);
+          copy_5d(base + M8::q, maps.q, base + M8::q_full, 0, 0, 0, head_half<C>() * 8, int(mla_place<C>(segment.row)),
+                  kEvictLast);
         }
         q_parity ^= 1;
         __syncwarp();

@@ -260,8 +260,8 @@ template <class C, int kSums> HELIX_DEVICE void mla_fp8_publish_weights(const fl
 }
 
 template <class C> HELIX_DEVICE float* mla_fp8_lse(const MlaArguments& a, const Segment& segment) {
-  return (segment.whole ? a.lse : a.part_lse) + i64(segment.whole ? segment.row : segment.partial) * C::queries +
-         head_half<C>() * 64;
+  const i64 place = mla_place<C>(segment.whole ? segment.row : segment.partial);
+  return (segment.whole ? a.lse : a.part_lse) + place * C::queries + head_half<C>() * 64;
 }
 
 // One warpgroup: scores, running softmax, and the LSE. The scores of a tile overlap with P V of the one before.
@@ -304,7 +304,7 @@ template <class C> HELIX_DEVICE void mla_fp8_softmax(const MlaArguments& a, u32 
       stage.advance();
       if (last && lane == 0) barrier_arrive(base + M8::q_empty);
       softmax.relate(s, scales, base + M8::queries);
-      if (kTokens > 1 || C::row_tokens > 1 || valid < kTileTokens) mla_fp8_mask<C>(s, bounds);
+      if (bounds[0] < kTileTokens) mla_fp8_mask<C>(s, bounds);  // the least bound of all
       const bool moved = named_barrier_any(1, 128, first || softmax.outgrown(s, scales));
       if (moved) {
         barrier_wait(base + M8::p_empty, p_parity);  // P is the scratch

@@ -80,7 +80,12 @@ template <class C> HELIX_DEVICE int head_half() { return C::cluster == 2 ? int(c
 template <class C> HELIX_DEVICE int queries_here() {
   return C::queries < 64 ? C::queries : C::queries % 64 == 0 || head_half<C>() == 0 ? 64 : C::queries % 64;
 }
-template <class C> HELIX_DEVICE int worker_index() { return int(blockIdx.x) / C::cluster; }
+template <class C> HELIX_DEVICE int worker_index() { return int(blockIdx.x) / (C::cluster * C::team); }
+
+// Where the queries of this cluster are, of row (or partial) `row`, counted in clusters' queries.
+template <class C> HELIX_DEVICE i64 mla_place(int row) {
+  return i64(row) * C::team + int(blockIdx.x) / C::cluster % C::team;
+}
 
 // The segments of this block's worker, in order.
 template <class C> struct Segments {
@@ -109,10 +114,10 @@ template <class C> HELIX_DEVICE void mla_release(u32 empty) {
   }
 }
 
-// The bound of query token `token` of a segment's row; 0 for queries that only fill up a matrix.
+// The bound of this cluster's query token `token` of a segment's row; 0 for queries that only fill up a matrix.
 template <class C> HELIX_DEVICE int mla_bound(const MlaArguments& a, const Segment& segment, int token) {
   if constexpr (C::row_tokens == 1) return segment.length;
-  else return token < C::row_tokens ? a.lengths[segment.row * C::row_tokens + token] : 0;
+  else return token < C::cluster_tokens ? a.lengths[mla_place<C>(segment.row) * C::cluster_tokens + token] : 0;
 }
 
 // Offset of byte `column` in row `row` of a [rows][128 bytes] tile with the 128-byte swizzle.

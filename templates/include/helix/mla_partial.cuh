@@ -61,6 +61,7 @@ template <class C> HELIX_DEVICE void mla_partial(const MlaArguments& a, const Ml
   if (group == 0) {
     registers_shrink<32>();
     if (threadIdx.x < 32) mla_fetch<C>(a, maps, base);
+    else if (threadIdx.x < 64) mla_fetch_first_queries<C>(a, maps.q, base);
   } else if (group == 1) {
     registers_grow<160>();
     mla_softmax<C>(a, base);

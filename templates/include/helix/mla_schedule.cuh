@@ -59,7 +59,8 @@ HELIX_DEVICE void make_schedule(Schedule out, const int* lengths, int rows, int 
   int left = 0;
   for (int warp = 0; warp < int(blockDim.x) / 32; ++warp) left += lanes[warp];
 
-  const int average = (left + workers - 1) / workers, most = average + average / 16;
+  const int average = (left + workers - 1) / workers;
+  const int most_whole = average + min(average / 16, 6), most_cut = average + min(average / 48, 1);
   int row = 0, at = 0, others = workers, partial = 0, splits = 0, row_first_partial = 0;
   int length = rows > 0 ? cached[0] : 0;
   for (int worker = 0; worker < workers; ++worker) {
@@ -69,10 +70,10 @@ HELIX_DEVICE void make_schedule(Schedule out, const int* lengths, int rows, int 
     while (row < rows) {
       const int tiles = tiles_of(length), rest = tiles - at;
       int take = rest;
-      if (load + rest > most && workers_left > 1) {
+      if (load + rest > (at == 0 ? most_whole : most_cut) && workers_left > 1) {
         const int room = share - load;
         if (load > 0 && room < share / 8 + 1) break;
-        const int pieces = quotient(rest + most - 1, most), piece = quotient(rest + pieces - 1, pieces);
+        const int pieces = quotient(rest + most_cut - 1, most_cut), piece = quotient(rest + pieces - 1, pieces);
         take = load == 0 && piece > room ? piece : room;
         if (take > rest) take = rest;
       }

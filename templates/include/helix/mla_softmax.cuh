@@ -36,18 +36,11 @@ HELIX_DEVICE void mla_pass_turn(u32& held) {
 }
 
 // S[64][64] = Q K' of a tile, region by region as they arrive; column 8 j + 2 (lane % 4) + e of row lane / 4 + 8 r is
-// in s[4 j + 2 r + e]. `publish`, of the tile before, is called once: under the first products, if they can begin. The
-// tensor cores are passed on a little early: it takes a while until they are used.
-template <class Publish>
-HELIX_DEVICE void mla_scores(float (&s)[32], const MlaQueries& q, u32 shared, const Stage& stage, u32& held,
-                             const Publish& publish) {
+// in s[4 j + 2 r + e]. The tensor cores are passed on a little early: it takes a while until they are used.
+HELIX_DEVICE void mla_scores(float (&s)[32], const MlaQueries& q, u32 shared, const Stage& stage, u32& held) {
   const u32 base = opaque(shared);
   const MatrixOperand shared_q(base + M::q, 16, 1024);
-  const bool there = __any_sync(0xffffffffu, barrier_passed(base + M::full(stage, 0), stage.parity));
-  if (!there) {
-    publish();
-    mla_pass_turn(held);
-  }
+  if (!__any_sync(0xffffffffu, barrier_passed(base + M::full(stage, 0), stage.parity))) mla_pass_turn(held);
 #pragma unroll
   for (int region = 0; region < kRegions; ++region) {
     const MatrixOperand k(base + M::region(stage, region), 16, 1024 * chunks_in(region));
@@ -63,10 +56,6 @@ HELIX_DEVICE void mla_scores(float (&s)[32], const MlaQueries& q, u32 shared, co
         wgmma_m64n64k16(s, shared_q.at(chunk * M::kChunk + step % 4 * 32), k.at(within), 1);
       }
       if (step % 4 == 3) wgmma_commit();
-      if (region == 0 && step == 3) {
-        if (there) publish();
-        wgmma_begin();
-      }
     }
   }
   wgmma_wait<1>();
@@ -82,17 +71,23 @@ template <class C> struct MlaSoftmax {
 
   // Takes new scores into account; `factor` is what earlier weights are to be multiplied by.
   HELIX_DEVICE void refer(const float (&s)[32], float (&factor)[2]) {
+    float largest[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float largest = fmaxf(s[2 * r], s[2 * r + 1]);
+      factor[r] = 1.0f, largest[r] = fmaxf(s[2 * r], s[2 * r + 1]);
 #pragma unroll
-      for (int j = 1; j < 8; ++j) largest = fmaxf(largest, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2)) * kScale;
-      factor[r] = 1.0f;
-      if (largest > reference[r] + kSlack) {
-        factor[r] = exp2_approximate(reference[r] - largest);
-        reference[r] = largest;
+      for (int j = 1; j < 8; ++j) largest[r] = fmaxf(largest[r], fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+      largest[r] *= kScale;
+    }
+    const bool outgrown = largest[0] > reference[0] + kSlack || largest[1] > reference[1] + kSlack;
+    if (!__any_sync(0xffffffffu, outgrown)) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xffffffffu, largest[r], 1));
+      largest[r] = fmaxf(largest[r], __shfl_xor_sync(0xffffffffu, largest[r], 2));
+      if (largest[r] > reference[r] + kSlack) {
+        factor[r] = exp2_approximate(reference[r] - largest[r]);
+        reference[r] = largest[r];
         sum[r] *= factor[r];
       }
     }
@@ -136,36 +131,36 @@ HELIX_DEVICE void mla_mask(float (&s)[32], int valid) {
     if (i / 4 * 8 + i % 2 >= mine) s[i] = minus_infinity();
 }
 
-// A warp's 16 rows of a tile's weights, [16 tokens], and what O is to be multiplied by before they are used.
-struct MlaWeights {
-  FragmentA p[4];
-  float factor[2];
-
-  HELIX_DEVICE void take(const float (&s)[32]) {
-#pragma unroll
-    for (int i = 0; i < 16; ++i) p[i / 4].x[i % 4] = pack_bfloat16(s[2 * i], s[2 * i + 1]);
-  }
-};
-
-// Weights as P, and the factors, to shared memory. P takes the place of the tile's rotary columns, so all warps must have
-// their scores.
-HELIX_DEVICE void mla_publish(const MlaWeights& weights, u32 base, const Stage& stage) {
+// Weights as P, the factors, and with the last tile 1 / sum, to shared memory. P takes the place of the tile's rotary
+// columns, so all warps must have their scores.
+template <class C>
+HELIX_DEVICE void mla_publish(const float (&s)[32], const float (&factor)[2], MlaSoftmax<C>& softmax, u32 base,
+                              const Stage& stage, bool last) {
   const u32 thread = opaque(threadIdx.x) % 128, lane = thread % 32, first_row = thread / 32 * 16;
+  if (last) softmax.add_lanes();
   named_barrier(3, 128);
 #pragma unroll
-  for (u32 step = 0; step < 4; ++step)
-    store_matrices(base + M::p(stage) + swizzled(first_row + lane % 16, step * 32 + lane / 16 * 16), weights.p[step]);
-  if (lane % 4 == 0)
-    for (u32 r = 0; r < 2; ++r)
-      store_shared(base + M::row_rescale(stage, first_row + lane / 4 + 8 * r), weights.factor[r]);
+  for (u32 step = 0; step < kTileTokens / 16; ++step) {
+    FragmentA p;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) p.x[i] = pack_bfloat16(s[step * 8 + 2 * i], s[step * 8 + 2 * i + 1]);
+    store_matrices(base + M::p(stage) + swizzled(first_row + lane % 16, step * 32 + lane / 16 * 16), p);
+  }
+  if (lane % 4 == 0) {
+#pragma unroll
+    for (u32 r = 0; r < 2; ++r) {
+      const u32 row = first_row + lane / 4 + 8 * r;
+      store_shared(base + M::row_rescale(stage, row), factor[r]);
+      if (last) store_shared(base + M::row_inverse(stage, row), softmax.inverse(r));
+    }
+  }
   fence_async_proxy();
   __syncwarp();
   if (lane == 0) barrier_arrive(base + M::p_full(stage));
 }
 
-// One warpgroup: scores, running softmax, and the LSE. A tile's weights are published while the scores of the next one
-// are computed. Most of P V is held back until these are almost there: it has the tensor cores for itself during their
-// softmax, and they have them before.
+// One warpgroup: scores, running softmax, and the LSE. Most of P V is held back until the scores of the next tile are
+// almost there: it has the tensor cores for itself during their softmax, and they have them before.
 template <class C> HELIX_DEVICE void mla_softmax(const MlaArguments& a, u32 base) {
   const int thread = int(threadIdx.x) % 128, lane = thread % 32, row0 = thread / 32 * 16 + lane / 4;
   Stage stage;
@@ -181,31 +176,25 @@ template <class C> HELIX_DEVICE void mla_softmax(const MlaArguments& a, u32 base
       MlaQueries q;
       mla_load_queries<C>(q, base, stage);
       stage.pass_queries();
-      MlaWeights weights;
       u32 held = 0;
       for (int tile = first_tile; tile < last_tile; ++tile) {
-        float s[32];
-        mla_scores(s, q, base, stage, held, [&] {
-          if (tile > first_tile) mla_publish(weights, base, stage.before());
-        });
+        const bool last = tile + 1 == last_tile;
+        float s[32], factor[2];
+        mla_scores(s, q, base, stage, held);
+        if (last && lane == 0) barrier_arrive(base + M::q_empty);
         mla_mask(s, bound - tile * kTileTokens);
-        softmax.refer(s, weights.factor);
+        softmax.refer(s, factor);
         softmax.weigh(s);
-        weights.take(s);
+        mla_publish(s, factor, softmax, base, stage, last);
         held = base + M::turn(stage);
         stage.pass_tile();
       }
-      softmax.add_lanes();
-      if (lane == 0) barrier_arrive(base + M::q_empty);
-      if (lane % 4 == 0)
-        for (int r = 0; r < 2; ++r)
-          store_shared(base + M::row_inverse(stage.before(), row0 + 8 * r), softmax.inverse(r));
-      mla_publish(weights, base, stage.before());
       mla_pass_turn(held);
     }
     if (lane % 4 == 0) {
       const Segment& segment = segments.current();
-      float* lse = segment.whole ? a.lse + i64(segment.row) * C::queries : a.part_lse + i64(segment.partial) * C::queries;
+      const i64 place = mla_place<C>(segment.whole ? segment.row : segment.partial);
+      float* lse = (segment.whole ? a.lse : a.part_lse) + place * C::queries;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int query = head_half<C>() * 64 + row0 + 8 * r;
