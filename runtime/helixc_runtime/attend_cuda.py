@@ -105,8 +105,8 @@ class Portable:
 class HopperMla:
     """templates/kernels/mla_*: workers of one or more clusters of one or two thread blocks, and one merge.
 
-    A row here is `row_tokens` query tokens of one of the batch's rows, and their heads its queries. Its worker is a team
-    of clusters, each for some of the tokens.
+    A row here is `row_tokens` query tokens of one of the batch's rows, and their heads its queries. Its worker is a
+    team of clusters, each for some of the tokens.
     """
 
     MERGE_BLOCKS = 264  # two a multiprocessor of an H100

@@ -184,3 +184,20 @@ def test_a_bug_is_noticed(bug: Bug, folder: Path, tmp_path: Path, monkeypatch: p
     ops = hopper_ops(SMALL, folder, monkeypatch, Gpu(3, seed, "random"), root)
     with pytest.raises((AssertionError, KernelFault)):
         check_attend(ops, revealing_case(seed), BOUND)
+
+
+TEAM_BUGS = [
+    Bug("mla_layout", " + int(blockIdx.x) / C::cluster % C::team;", ";"),
+    Bug("mla_layout", "/ (C::cluster * C::team)", "/ C::cluster"),
+]
+
+
+@pytest.mark.parametrize("bug", TEAM_BUGS, ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", FP8])
+def test_a_bug_of_a_team_is_noticed(
+    dtype: str, bug: Bug, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    shape = mla(64, 32, kv_dtype=dtype, query_tokens=3)
+    ops = hopper_ops(shape, folder, monkeypatch, Gpu(6, seed, "random"), planted(tmp_path, [bug]))
+    with pytest.raises((AssertionError, KernelFault)):
+        check_attend(ops, hostile_case(shape, seed), BOUND)

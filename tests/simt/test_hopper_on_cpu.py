@@ -118,6 +118,8 @@ MLA_BUGS = [
     Bug("mla_fetch", "barrier_expect(full, halves * bytes);", "barrier_expect(full, 2 * bytes);"),
     Bug("mla_fetch", "barrier_expect(full, halves * bytes);", "barrier_expect(full, bytes);"),
     Bug("mla_fetch", "stage.before()", "stage"),
+    Bug("mla_fetch", "Stage{}, first.row, 1);", "Stage{}, first.row, 0);"),
+    Bug("mla_fetch", "        q_parity ^= 1;", ""),
     # Slots: passed back too early, too often, by too few, or not at all.
     Bug("mla_layout", "slot = 0, parity ^= 1;", "slot = 0;"),
     Bug("mla_layout", "last_parity ^= last_slot;", "last_parity ^= 1;"),
@@ -148,6 +150,8 @@ MLA_BUGS = [
     Bug("mla_accumulate", "fence_async_proxy();\n  named_barrier(1 + side, 128);", "named_barrier(1 + side, 128);"),
     Bug("mla_accumulate", "named_barrier(1 + side, 128);  // all", "// all"),
     # Masks, layouts, numbers.
+    Bug("mla_softmax", "if (!__any_sync(0xffffffffu, outgrown)) return;", "if (!outgrown) return;"),
+    Bug("mla_softmax", "if (!__any_sync(0xffffffffu, outgrown)) return;", "return;"),
     Bug("mla_softmax", "mla_mask(s, bound - tile * kTileTokens);", ""),
     Bug("mla_accumulate", "if (valid < kTileTokens) mla_clear_tail(values, side, valid);", ""),
     Bug("mla_layout", "column ^ (row % 8 * 16)", "column ^ (row % 4 * 16)"),

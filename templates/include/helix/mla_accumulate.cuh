@@ -77,8 +77,9 @@ template <class C> HELIX_DEVICE void mla_write_zeros(bfloat16* to) {
     store_global(to + i / 32 * 512 + i % 32 * 8, Vector16{{0, 0, 0, 0}});
 }
 
-// One warpgroup: O[64][256] += P V over a segment, then O / sum to memory. `side` says which 256 columns. What lies in the
-// last region is multiplied as soon as there are weights, for its two slots are soon needed; all else when it is its turn.
+// One warpgroup: O[64][256] += P V over a segment, then O / sum to memory. `side` says which 256 columns. All are
+// multiplied when it is their turn, but what lies in the last region as soon as there are weights, for its two slots
+// are soon needed; not so where other clusters read the same tokens: they come from L2 soon enough.
 template <class C, int side> HELIX_DEVICE void mla_accumulate(const MlaArguments& a, u32 base) {
   constexpr int kFirst = side == 0 ? 0 : 1;  // half of the columns, in the order in which the regions are fetched again
   constexpr bool kAtOnce = region_of(side, kFirst) == kLast && C::team * C::shares == 1;

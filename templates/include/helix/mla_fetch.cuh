@@ -1,10 +1,10 @@
-// The MLA partial's fetching warp (see mla_partial.cuh).
+// The MLA partial's fetching warps (see mla_partial.cuh).
 #pragma once
 #include "helix/mla_layout.cuh"
 
 namespace helix {
 
-// This block's queries. The rotary region's barrier counts all that have a place of their own.
+// This block's queries of a row. The rotary region's barrier counts all that have a place of their own.
 template <class C>
 HELIX_DEVICE void mla_fetch_queries(const TensorMap* map, u32 base, const Stage& stage, int row, u32 q_parity) {
 #pragma unroll
@@ -15,15 +15,14 @@ HELIX_DEVICE void mla_fetch_queries(const TensorMap* map, u32 base, const Stage&
     barrier_wait(base + M::empty(stage, region), stage.parity ^ 1);
     if (!held) barrier_wait(base + M::q_empty, q_parity);
     barrier_expect(full, u32(end - first) * M::kChunk);
+    const int place = int(mla_place<C>(row));
 #pragma unroll
-    for (int chunk = first; chunk < end; ++chunk) {
-      const int place = int(mla_place<C>(row));
+    for (int chunk = first; chunk < end; ++chunk)
       copy_5d(to + u32(chunk - first) * M::kChunk, map, full, 0, 0, chunk, head_half<C>() * 8, place, kEvictLast);
-    }
   }
 }
 
-// Another warp than mla_fetch's: the first queries, as soon as the previous kernel is done.
+// One warp: the first queries, as soon as the previous kernel is done.
 template <class C> HELIX_DEVICE void mla_fetch_first_queries(const MlaArguments& a, const TensorMap* map, u32 base) {
   const Segment& first = a.segments[worker_index<C>()];
   if (first.first_tile == first.last_tile || !elect_one()) return;
@@ -31,8 +30,8 @@ template <class C> HELIX_DEVICE void mla_fetch_first_queries(const MlaArguments&
   mla_fetch_queries<C>(map, base, Stage{}, first.row, 1);
 }
 
-// One warp: fetches KV and all other queries, region by region, always as far ahead as the regions passed back allow. Old
-// tokens do not wait for the previous kernel, which may write queries and new tokens alone.
+// Another: KV and all other queries, region by region, always as far ahead as the regions passed back allow. Old tokens
+// do not wait for the previous kernel, which may write queries and new tokens alone.
 template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaMaps& maps, u32 base) {
   constexpr int kPagesPerTile = kTileTokens / C::block, kHalves = 2 / C::cluster;  // of a tile, that this block fetches
   const bool leader = elect_one();

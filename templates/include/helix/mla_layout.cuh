@@ -17,8 +17,8 @@ struct MlaArguments {
   const int* lengths;  // [rows, row_tokens]
 };
 
-// Regions in the order in which a tile's are fetched and its scores use them: half of each side's columns, the other half
-// of side 0, the rotary columns, the other half of side 1.
+// Regions in the order in which a tile's are fetched and its scores use them: half of each side's columns, the other
+// half of side 0, the rotary columns, the other half of side 1.
 constexpr int kRegions = 5, kRotary = 3, kLast = 4;
 constexpr __device__ int region_of(int side, int half) { return half == 0 ? side : 2 + 2 * side; }
 constexpr __device__ int chunks_in(int region) { return region == kRotary ? 1 : 2; }  // of 64 columns
@@ -26,8 +26,8 @@ constexpr __device__ int first_chunk(int region) {
   return region == kRotary ? 8 : region == kLast ? 6 : region % 2 * 4 + region / 2 * 2;
 }
 
-// A segment's queries come before its tiles, in the slots of all regions but the last; but the chunks that do not meet a
-// region before kRotary, from this one on, have a place of their own.
+// A segment's queries come before its tiles, in the slots of all regions but the last; but the chunks that do not meet
+// a region before kRotary, from this one on, have a place of their own.
 constexpr int kHeldChunks = 2 * kRotary;
 
 // Where a role is in the rings of slots.
@@ -70,7 +70,8 @@ struct MlaShared {
   // P takes the place of the rotary columns.
   HELIX_DEVICE static u32 p(const Stage& stage) { return region(stage, kRotary); }
   HELIX_DEVICE static u32 p_full(const Stage& stage) { return p_full_barriers + 8 * stage.slot; }
-  HELIX_DEVICE static u32 turn(const Stage& stage) { return turn_barriers + 8 * stage.slot; }  // of the products held back
+  // Of the products held back.
+  HELIX_DEVICE static u32 turn(const Stage& stage) { return turn_barriers + 8 * stage.slot; }
   HELIX_DEVICE static u32 row_rescale(const Stage& stage, u32 row) { return rescale + 256 * stage.slot + 4 * row; }
   HELIX_DEVICE static u32 row_inverse(const Stage& stage, u32 row) { return inverse + 256 * stage.slot + 4 * row; }
 };

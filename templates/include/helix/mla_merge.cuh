@@ -29,8 +29,8 @@ template <class C> HELIX_DEVICE float finite(float top) {
   return C::row_tokens > 1 && is_minus_infinity(top) ? 0.0f : top;
 }
 
-// Partials first, first + stride, ... of one strip, so many at a time: 16 warps have 132 of them, of an H100, in one go.
-template <class C, int kBatch = 9>
+// Partials first, first + stride, ... of one strip, so many at a time.
+template <class C, int kBatch = 8>
 HELIX_DEVICE Merged merge_strip(const bfloat16* part_o, const float* part_lse, SplitRow row, int head,
                                 int column, int first, int stride) {
   Merged sum;

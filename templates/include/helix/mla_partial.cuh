@@ -4,9 +4,10 @@
 //   whole rows: o [B, Q, 512], lse [B, Q];  split rows: part_o [2 W, Q, 512], part_lse [2 W, Q] for the merge.
 //
 // The Q queries of a row (of mla_schedule.cuh) are all heads of `row_tokens` query tokens; `shares` rows in a row read
-// the same pages where more query tokens do not fit together. A worker is one thread block (Q <= 64) or a cluster of
-// two (Q <= 128, 64 queries in the first; every tile is fetched once and multicast). Warpgroups: 0 fetches; 1 computes
-// S = Q K' and its softmax; 2 and 3 accumulate 256 columns of O each.
+// the same pages where a row has not all query tokens. A worker is a team of clusters, each for some of the query
+// tokens, that go through the same tiles at the same time, so that memory is read once. A cluster is one thread block
+// (up to 64 queries) or two (up to 128, 64 of them in the first; every tile is fetched once and multicast). Warpgroups:
+// 0 fetches; 1 computes S = Q K' and its softmax; 2 and 3 accumulate 256 columns of O each.
 //
 // Shared memory: a tile of 64 tokens lies in five regions of 64 rotary or 128 other columns: the unit in which it
 // arrives, so that the scores start on the first, and in which its memory is passed back. Four regions have three slots
@@ -18,13 +19,13 @@
 // Registers: 32 + 160 + 2 x 160 of 512. Sums of wgmma begin at the 25th and have two more above: the 128 of O need 154,
 // and beside the 32 of S there is room for 96 of Q.
 //
-// Cycles of a multiprocessor for a tile and 64 queries: tensor cores 2,176, of which S 1,152 and O 1,024. Shared memory,
-// at 128 bytes a cycle, 2,176: 576 to write the tile, 576 to read it as K and 512 as V, 192 for Q's part of 24 KiB, 64
-// to write P and 256 to read it (a warpgroup's two products of 128 columns each read it all). Softmax: about 750, in
-// which only O can use the tensor cores. So three of O's four products of a tile, 768 cycles, are held back until the
-// scores of the next tile are nearly done, and run under their softmax. The fourth, of the last region, is computed at
-// once: a slot that waited for its turn, too, would come back too late for a region that has only two. Roofline: memory,
-// 1152 bytes a token, for Q <= 64; the tensor cores about as much for Q = 128.
+// Cycles of a multiprocessor for a tile and 64 queries: tensor cores 2,176, of which S 1,152 and O 1,024. Shared
+// memory, at 128 bytes a cycle, 2,176: 576 to write the tile, 576 to read it as K and 512 as V, 192 for Q's part of 24
+// KiB, 64 to write P and 256 to read it (a warpgroup's two products of 128 columns each read it all). Softmax: about
+// 750, in which only O can use the tensor cores. So three of O's four products of a tile, 768 cycles, are held back
+// until the scores of the next tile are nearly done, and run under their softmax. The fourth, of the last region, is
+// computed at once where all tiles come from memory: a slot that waited for its turn, too, would come back too late for
+// a region that has only two. Roofline: memory, 1152 bytes a token; for 128 queries the tensor cores about as much.
 //
 // Programmatic dependent launch: the schedule, the page table and all tokens but a row's newest are read before the
 // previous kernel is waited for, so they must be older than that; every kernel in the chain lets its successor start

@@ -1,10 +1,12 @@
-// Schedule: which tokens each worker (a thread block, or a cluster that shares a KV tile) of the partial kernel reads.
+// Schedule: which tokens each worker (a thread block, or several that read the same tiles) of the partial kernel reads.
 //
-//   lengths [B, row_tokens] -> segments [2 W + B]: worker w's first is [w], its others start at [.more]; split rows, for the merge
+//   lengths [B, row_tokens] -> segments [2 W + B]: worker w's first is [w], its others start at [.more];
+//   split rows, for the merge
 //
-// A row is a run of 64-token tiles, as far as its last query token sees. Workers take tiles in order, near the average of what is left, but a worker keeps
-// whole rows and equal pieces of a long row where that costs at most 1/16 of the average: every cut is a partial that
-// must be written and merged. One thread decides; it is W + B short steps, once a step of the model.
+// A row is a run of 64-token tiles, as far as its last query token sees. Workers take tiles in order, near the average
+// of what is left, but a worker keeps whole rows, and less so equal pieces of a long row, where it has not much more
+// than the average then: every cut is a partial that must be written and merged. One thread decides; it is W + B short
+// steps, once a step of the model.
 #pragma once
 #include "helix/element.cuh"
 
@@ -28,7 +30,7 @@ struct Schedule {
   int* split_count;   // [1]
 };
 
-// a / b for 0 <= a < 2^24 and 0 < b, at a fraction of an integer division's time; exact below 2^20, and nearly so above.
+// a / b for 0 <= a < 2^24 and 0 < b, at a fraction of an integer division's time; exact below 2^20, else nearly so.
 HELIX_DEVICE int quotient(int a, int b) {
   const int q = int(__fdividef(float(a), float(b))), rest = a - q * b;
   return rest < 0 ? q - 1 : rest >= b ? q + 1 : q;
@@ -60,6 +62,7 @@ HELIX_DEVICE void make_schedule(Schedule out, const int* lengths, int rows, int 
   for (int warp = 0; warp < int(blockDim.x) / 32; ++warp) left += lanes[warp];
 
   const int average = (left + workers - 1) / workers;
+  // Measured: cutting a row that could stay whole costs about the time of six tiles, one that is cut anyway, of one.
   const int most_whole = average + min(average / 16, 6), most_cut = average + min(average / 48, 1);
   int row = 0, at = 0, others = workers, partial = 0, splits = 0, row_first_partial = 0;
   int length = rows > 0 ? cached[0] : 0;

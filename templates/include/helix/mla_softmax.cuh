@@ -58,7 +58,7 @@ HELIX_DEVICE void mla_scores(float (&s)[32], const MlaQueries& q, u32 shared, co
       if (step % 4 == 3) wgmma_commit();
     }
   }
-  wgmma_wait<1>();
+  wgmma_wait<3>();
   mla_pass_turn(held);
   wgmma_wait<0>();
 }
@@ -69,7 +69,7 @@ template <class C> struct MlaSoftmax {
   static constexpr float kSlack = 8.0f;  // the reference follows the maximum when 2^8 behind: O is seldom rescaled
   float reference[2] = {minus_infinity(), minus_infinity()}, sum[2] = {0.0f, 0.0f};
 
-  // Takes new scores into account; `factor` is what earlier weights are to be multiplied by.
+  // Takes new scores into account; `factor` is what earlier weights are to be multiplied by. Seldom more than a vote.
   HELIX_DEVICE void refer(const float (&s)[32], float (&factor)[2]) {
     float largest[2];
 #pragma unroll

@@ -4,7 +4,8 @@
 
 struct Config {
   static constexpr int heads = 128, block = 32, cluster = 2;
-  static constexpr int row_tokens = 1, queries = heads * row_tokens;
+  static constexpr int row_tokens = 1, cluster_tokens = 1;
+  static constexpr int queries = heads * cluster_tokens, team = row_tokens / cluster_tokens;
   static constexpr int shares = 1 / row_tokens;  // rows that read the same pages
   static constexpr float scale = 0.07216878364870322f;
 };

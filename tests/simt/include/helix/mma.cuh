@@ -45,6 +45,7 @@ HELIX_DEVICE FragmentA load_matrices_transposed(u32 address) {
   return mine.a;
 }
 
+// An ordinary store: of each row, by the lane that gives its address.
 template <bool transposed> void scatter_matrices(const simt::Lanes& lanes) {
   if (lanes.present != 0xffffffffu) simt::fail("stmatrix by lanes %08x only", lanes.present);
   for (u32 lane = 0; lane < 32; ++lane)
@@ -60,11 +61,13 @@ template <bool transposed> void scatter_matrices(const simt::Lanes& lanes) {
 
 HELIX_DEVICE void store_matrices(u32 address, const FragmentA& a) {
   MatrixRow mine = {address, a};
+  simt::shared_for_store(address, 16, 16);
   simt::meet("stmatrix", 0xffffffffu, &mine, scatter_matrices<false>);
 }
 
 HELIX_DEVICE void store_matrices_transposed(u32 address, const FragmentA& a) {
   MatrixRow mine = {address, a};
+  simt::shared_for_store(address, 16, 16);
   simt::meet("stmatrix.trans", 0xffffffffu, &mine, scatter_matrices<true>);
 }
 
