@@ -67,6 +67,8 @@ ATTENTION = [
     mla(64, 64, query_tokens=2),
     mla(16, 32, query_tokens=3),
     mla(64, 32, query_tokens=3),
+    mla(128, 64, query_tokens=2),
+    mla(128, 32, query_tokens=4),
     *(mla(heads, block, kv_dtype="float8_e4m3fn") for heads in (16, 32, 64, 128) for block in (32, 64)),
     mla(16, 64, kv_dtype="float8_e4m3fn", query_tokens=3),
     mla(32, 32, kv_dtype="float8_e4m3fn", query_tokens=4),

@@ -4,18 +4,19 @@
 
 namespace helix {
 
-// This block's queries of a row. The rotary region's barrier counts all that have a place of their own.
+// This block's queries of a row, the `number`th in this launch. The rotary region's barrier counts all that have a place
+// of their own.
 template <class C>
-HELIX_DEVICE void mla_fetch_queries(const TensorMap* map, u32 base, const Stage& stage, int row, u32 q_parity) {
+HELIX_DEVICE void mla_fetch_queries(const TensorMap* map, u32 base, const Stage& stage, int row, u32 number) {
 #pragma unroll
   for (int region = 0; region <= kRotary; ++region) {
     const bool held = region < kRotary;
     const int first = held ? first_chunk(region) : kHeldChunks, end = held ? first + chunks_in(region) : 9;
     const u32 full = base + M::full(stage, region), to = base + (held ? M::region(stage, region) : M::q);
     barrier_wait(base + M::empty(stage, region), stage.parity ^ 1);
-    if (!held) barrier_wait(base + M::q_empty, q_parity);
+    if (!held) barrier_wait(base + M::q_empty, ~number & 1);
     barrier_expect(full, u32(end - first) * M::kChunk);
-    const int place = int(mla_place<C>(row));
+    const int place = int(mla_place<C>(int(opaque(row))));  // not to be held in a register all the time
 #pragma unroll
     for (int chunk = first; chunk < end; ++chunk)
       copy_5d(to + u32(chunk - first) * M::kChunk, map, full, 0, 0, chunk, head_half<C>() * 8, place, kEvictLast);
@@ -24,10 +25,14 @@ HELIX_DEVICE void mla_fetch_queries(const TensorMap* map, u32 base, const Stage&
 
 // One warp: the first queries, as soon as the previous kernel is done.
 template <class C> HELIX_DEVICE void mla_fetch_first_queries(const MlaArguments& a, const TensorMap* map, u32 base) {
-  const Segment& first = a.segments[worker_index<C>()];
-  if (first.first_tile == first.last_tile || !elect_one()) return;
-  wait_for_previous_kernels();
-  mla_fetch_queries<C>(map, base, Stage{}, first.row, 1);
+  Segments<C> segments(a.segments);
+  if (segments.left == 0 || !elect_one()) return;
+  do {
+    const Segment& segment = segments.current();
+    if (segment.first_tile == segment.last_tile) continue;
+    wait_for_previous_kernels();
+    return mla_fetch_queries<C>(map, base, Stage{}, segment.row, 0);
+  } while (segments.next());
 }
 
 // Another: KV and all other queries, region by region, always as far ahead as the regions passed back allow. Old tokens
@@ -36,7 +41,7 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
   constexpr int kPagesPerTile = kTileTokens / C::block, kHalves = 2 / C::cluster;  // of a tile, that this block fetches
   const bool leader = elect_one();
   Stage stage;
-  u32 q_parity = 1;
+  u32 fetched = 0;  // queries, those of the other warp included
   Segments<C> segments(a.segments);
   if (segments.left == 0) return;
   do {
@@ -83,12 +88,12 @@ template <class C> HELIX_DEVICE void mla_fetch(const MlaArguments& a, const MlaM
       }
       __syncwarp();
       if (tile == segment.first_tile) {  // KV first: it is what takes long
-        if (segments.at != worker_index<C>()) {
+        if (fetched > 0) {
           wait_for_previous_kernels();
-          if (leader) mla_fetch_queries<C>(maps.q, base, stage.before(), segment.row, q_parity);
+          if (leader) mla_fetch_queries<C>(maps.q, base, stage.before(), segment.row, fetched);
           __syncwarp();
         }
-        q_parity ^= 1;
+        ++fetched;
       }
       stage.pass_tile();
     }
