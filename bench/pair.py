@@ -1,4 +1,7 @@
-"""Two ranks of one generation instance, a process and a GPU each, with nothing of an engine but their Comm and Ops."""
+"""Two ranks of one generation instance, a process and a GPU each, with nothing of an engine but their Comm and Ops.
+
+On a machine of one GPU they share it, and their kernels wait for each other by time slices: no place to measure.
+"""
 
 from __future__ import annotations
 
@@ -143,10 +146,11 @@ def _process(
     pipe: Connection,
 ) -> None:
     try:
-        device = torch.device("cuda", index)
+        gpus = torch.cuda.device_count()
+        device = torch.device("cuda", index % gpus)
         torch.cuda.set_device(device)
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=index, world_size=2)
-        group = dist.new_group([0, 1], backend="nccl")
+        group = dist.new_group([0, 1], backend="nccl" if gpus > 1 else "gloo")
         rank, kernels = plan.ranks[index], plan.kernels
         groups = {"cp": group, "ffn_tp": group}
         with torch.inference_mode():

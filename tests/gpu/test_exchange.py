@@ -1,4 +1,4 @@
-"""The one-sided exchange and reduction between two GPUs, a process each."""
+"""The one-sided exchange and reduction between two processes, on two GPUs where there are two."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.pair import pair_plan, run_pair, values
 from helixc_runtime.manifest import Plan
 from tests.gpu.exchange_bodies import eager_equals_captured, random_steps, with_a_fault
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 ROWS, PATIENCE_S = 64, 1.5
 
