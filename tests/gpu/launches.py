@@ -47,8 +47,8 @@ def compiled(
         "load_format": "dummy",
         "dtype": dtype,
         "hardware": Hardware(1, 2, True),
-        "max_seq_len": 1024,
     }
+    context, generation = (replace(role, max_seq_len=1024) for role in (context, generation))
     plan = place(lower(spec(model, context, generation, **fields), arch), partial(names_for, ("sm_90a",)))
     verify(plan)
     gpus = gpus or torch.cuda.device_count()
