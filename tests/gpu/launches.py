@@ -34,15 +34,15 @@ def compiled(
     generation: RoleSpec,
     gpus: int | None = None,
 ) -> Path:
-    """An artifact of a built-in geometry with random weights, cut to `layers`.
+    """An artifact of a built-in geometry with random weights, cut to `layers`, 16 experts and 1000 words.
 
     On fewer than `gpus` GPUs (by default those of this machine) than it has ranks, ranks of a group share them, which
     no deployment file can ask for: what they compute is the same, at the pace of the driver's time slices.
     """
     arch = read_model(model)
     if layers is not None:
-        moe = replace(arch.moe, layers=tuple(i for i in arch.moe.layers if i < layers)) if arch.moe else None
-        arch = replace(arch, num_layers=layers, moe=moe)
+        moe = arch.moe and replace(arch.moe, num_experts=16, layers=tuple(i for i in arch.moe.layers if i < layers))
+        arch = replace(arch, num_layers=layers, moe=moe, vocab_size=1000)
     fields: dict[str, Any] = {
         "load_format": "dummy",
         "dtype": dtype,

@@ -23,8 +23,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path]:
 
 
 def test_random_steps(compiled: tuple[Plan, Path], seed: int) -> None:
-    """Thousands of exchanges of flipping sizes through graph replays, with delays, against float64."""
-    errors = values(run_pair(random_steps, *compiled, [1, 5, 16, ROWS], 700, seed=seed))
+    """Exchanges of flipping sizes through graph replays, with delays, against float64."""
+    steps = 700 if torch.cuda.device_count() > 1 else 50  # which wait for each other by time slices
+    errors = values(run_pair(random_steps, *compiled, [1, 5, 16, ROWS], steps, seed=seed))
     print(errors)
     assert max(errors) <= 5e-3
 

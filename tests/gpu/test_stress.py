@@ -1,4 +1,4 @@
-"""A million exchanges and as many sums of two ranks in one process on one GPU, with random delays; all contents checked.
+"""A million exchanges and sums of two ranks in one process on one GPU, with random delays; all contents checked.
 
 What a rank sends is made of whole numbers that follow from how many messages there have been, on the device, within the
 captured graph. All arithmetic on them is exact, so that a message that is lost, late or torn differs.
