@@ -41,7 +41,7 @@ def compiled(
     """
     arch = read_model(model)
     if layers is not None:
-        moe = arch.moe and replace(arch.moe, num_experts=16, layers=tuple(i for i in arch.moe.layers if i < layers))
+        moe = arch.moe and replace(arch.moe, experts=16, layers=tuple(i for i in arch.moe.layers if i < layers))
         arch = replace(arch, num_layers=layers, moe=moe, vocab_size=1000)
     fields: dict[str, Any] = {
         "load_format": "dummy",
