@@ -33,6 +33,7 @@ def compiled(
     context: RoleSpec,
     generation: RoleSpec,
     gpus: int | None = None,
+    max_seq_len: int = 1024,
 ) -> Path:
     """An artifact of a built-in geometry with random weights, cut to `layers`, 16 experts and 1000 words.
 
@@ -48,7 +49,7 @@ def compiled(
         "dtype": dtype,
         "hardware": Hardware(1, 2, True),
     }
-    context, generation = (replace(role, max_seq_len=1024) for role in (context, generation))
+    context, generation = (replace(role, max_seq_len=max_seq_len) for role in (context, generation))
     plan = place(lower(spec(model, context, generation, **fields), arch), partial(names_for, ("sm_90a",)))
     verify(plan)
     gpus = gpus or torch.cuda.device_count()
