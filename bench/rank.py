@@ -46,13 +46,11 @@ from bench.decode import (  # noqa: E402
 )
 from bench.gpu_timing import copy_bandwidth, earlier_rows, first_gpu, machine  # noqa: E402
 from bench.loopback import Loopback, alone, world_of_one  # noqa: E402
-from bench.pair import Side, pair_plan  # noqa: E402
+from bench.pair import Side, ops_of, pair_plan  # noqa: E402
 from helixc_runtime.artifact import Artifact  # noqa: E402
-from helixc_runtime.attention_shape import attention_shape  # noqa: E402
 from helixc_runtime.comm import Comm, Connection  # noqa: E402
 from helixc_runtime.cubin import device_arch  # noqa: E402
 from helixc_runtime.manifest import Rank  # noqa: E402
-from helixc_runtime.ops_cuda import CudaOps  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results" / "rank.json"
 MOST_ROWS = 64  # of the messages whose cost is measured: a step's are smaller
@@ -194,10 +192,8 @@ def of_model(row: Mapping[str, Any], side: Side, hidden: int) -> bool:
 def lone_side(model: str, folder: Path, device: torch.device) -> tuple[Side, Loopback]:
     """Rank 0 of bench/exchange.py's two, looped back."""
     plan = pair_plan(model, folder, device_arch(device), max(exchange.REDUCE_ROWS))
-    rank, kernels = plan.ranks[0], plan.kernels
-    comm = Loopback(rank, {}, plan.instances[0], kernels, folder, device, PATIENCE_S)
-    ops = CudaOps(attention_shape(plan.model, rank, plan.tokens_per_block), kernels, folder, device)
-    return Side(0, plan, folder, comm, ops, device, seed=0), comm
+    comm = Loopback(plan.ranks[0], {}, plan.instances[0], plan.kernels, folder, device, PATIENCE_S)
+    return Side(0, plan, folder, comm, ops_of(plan, 0, folder, device), device, seed=0), comm
 
 
 def added(link: Link, what: str, size: int) -> float:
