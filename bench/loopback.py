@@ -57,8 +57,7 @@ class Echo(TorchComm):
 
     def all_to_all(self, partial: Partial) -> Partial:
         cp = len(self.rank.groups.cp)
-        o, lse = (t.unflatten(1, (cp, -1)).transpose(0, 1).contiguous() for t in partial)
-        return Partial(o, lse)
+        return Partial(*(t.view(len(t), cp, -1, *t.shape[2:]).transpose(0, 1).contiguous() for t in partial))
 
 
 def alone(artifact: Artifact, rank: Rank, device: torch.device, patience: float) -> Comm:
@@ -75,6 +74,6 @@ def world_of_one() -> Iterator[Connection]:
     store = TCPStore("127.0.0.1", 0, 1, is_master=True)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        yield Connection({}, dist.group.WORLD, store)
+        yield Connection({}, dist.new_group([0]), store)
     finally:
         dist.destroy_process_group()
