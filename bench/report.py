@@ -247,9 +247,9 @@ def rank(result: dict[str, Any]) -> str:
     text = f"""Machine: one of {_machine(result)}.
 Repeat with `python bench/rank.py`. **One rank alone, its peers looped back:** what rank 0 sends lands in its own
 memory, where the other rank's message is awaited. All kernels of the step are real, in the engine's own loop and in the
-graph it replays; nothing crosses NVLink, nobody is waited for, and the values are not the model's. Weights, KV and floor
-are as in the next section; the floor is at the speed of a copy, and reading alone can be faster. TTL is an estimate: the
-rank's step and, for each exchange and each sum of it, what the same kernel takes longer between two GPUs
+graph it replays; nothing crosses NVLink, nobody is waited for, and the values are not the model's. Weights, KV and
+floor are as in the next section; the floor is at the speed of a copy, and reading alone can be faster. TTL is an
+estimate: the rank's step and, for each exchange and each sum of it, what the same kernel takes longer between two GPUs
 (bench/exchange.py, another day) than looped back, at the message's size. That the other rank may be slower is not in
 it. Shares, ratios and goals are of the estimates; what counts is the next section, once it has been measured anew.
 """
