@@ -86,6 +86,13 @@ def compiled(specs: Sequence[KernelSpec], folder: Path) -> tuple[Kernel, ...]:
     return tuple(kernels)
 
 
+def ops_of(plan: Plan, index: int, folder: Path, device: torch.device) -> CudaOps:
+    """The Ops of one of the two, of an artifact in `folder`."""
+    rank = plan.ranks[index]
+    shape = attention_shape(plan.model, rank, plan.tokens_per_block)
+    return CudaOps(shape, plan.kernels, folder, device)
+
+
 def run_pair(
     body: Callable[..., Any],
     plan: Plan,
@@ -157,7 +164,7 @@ def _process(
         groups = {"cp": group, "ffn_tp": group}
         with torch.inference_mode():
             comm = OneSidedComm(rank, groups, plan.instances[0], kernels, folder, device, patience)
-            ops = CudaOps(attention_shape(plan.model, rank, plan.tokens_per_block), kernels, folder, device)
+            ops = ops_of(plan, index, folder, device)
             value = body(Side(index, plan, folder, comm, ops, device, seed), *arguments)
             torch.cuda.synchronize(device)
         pipe.send(("done", value))
