@@ -208,7 +208,7 @@ def test_a_stubborn_rank_and_its_child_are_killed(folder: Path) -> None:
     with pytest.raises(LaunchFailure, match=r"rank 1 .* after the child"):
         run(folder, ["stubborn", "raise_after_child"])
     assert "pid0child" in pids(folder)
-    wait_until(lambda: not any(map(alive, pids(folder).values())), 3)
+    wait_until(lambda: not any(map(running, pids(folder).values())), 3)
     assert time.monotonic() - begin < 15
 
 
@@ -252,7 +252,7 @@ def test_a_stop_signal_ends_every_process(folder: Path, number: signal.Signals, 
         output, _ = launcher.communicate(timeout=10)
     assert output == f"interrupted by {name}\n"
     assert launcher.returncode == 128 + number
-    assert not any(map(alive, pids(folder).values()))
+    assert not any(map(running, pids(folder).values()))
 
 
 def test_workers_do_not_outlive_a_killed_launcher(folder: Path) -> None:
@@ -260,4 +260,4 @@ def test_workers_do_not_outlive_a_killed_launcher(folder: Path) -> None:
         (folder / "go").touch()
         launcher.kill()
         launcher.wait(timeout=5)
-        wait_until(lambda: not any(map(alive, pids(folder).values())), 3)
+        wait_until(lambda: not any(map(running, pids(folder).values())), 3)
