@@ -326,15 +326,15 @@ MLA, QWEN3 = "mla fp8", "qwen3 fp8"
         (QWEN3, "first + L::kRunChunks", "first"),
         (QWEN3, "b * cos + a * sin", "b * cos - a * sin"),
         ("llama", "if (active) store<C, kFirst>(a.q_out", "if (active && a.owned[row]) store<C, kFirst>(a.q_out"),
-        ("llama", "return row < a.rows && a.owned[row];", "return row < a.rows;"),
-        (MLA, "return row < a.rows && a.owned[row];", "return row < a.rows;"),
+        ("llama", "Destination{a.owned[row] != 0, a.slots[row]}", "Destination{true, a.slots[row]}"),
+        (MLA, "Destination{a.owned[row] != 0, a.slots[row]}", "Destination{true, a.slots[row]}"),
         (MLA, "scales + token, vector", "scales + token / 2, vector"),
         (MLA, "chunk < Layout<C>::kChunks; ++chunk) largest", "chunk < 1; ++chunk) largest"),
         (MLA, "u8 byte = scale_of(warp_max_bits<C::lanes>(largest))", "u8 byte = scale_of(largest)"),
         (MLA, "0x7fffffu - 0x600000u", "0x7fffffu"),
         (MLA, "254 - int(scale)", "255 - int(scale)"),
         ("llama", "slot % C::block", "(slot + 1) % C::block"),
-        ("llama", "a.cache_v, a.v_scale, slot, kv_head", "a.cache_v, a.v_scale, slot, 0"),
+        ("llama", "a.cache_v, a.v_scale, to.slot, kv_head", "a.cache_v, a.v_scale, to.slot, 0"),
     ],
 )
 def test_a_wrong_append_is_noticed(

@@ -12,8 +12,8 @@
 // of those that chose the expert are kept. A token that is NaN spoils none but itself. Nothing is added by several
 // blocks: the same inputs give the same bits.
 // A tile of gate_up is 8 rows of gate over the same 8 of up, so that both meet in one thread. The always-active tiles
-// come first, as their weights can be fetched before the router has finished; down knows the routing before gate_up has
-// finished. Shared memory: the sums of the warps (skinny.cuh), and the routing.
+// come first, as their weights can be fetched before the router has finished, and those of down sent for; down knows the
+// routing before gate_up has finished. Shared memory: the sums of the warps (skinny.cuh), and the routing.
 // Roofline: memory, 3 * D * (I * active experts + S) * 2 bytes.
 #pragma once
 #include "helix/routing.cuh"
@@ -33,7 +33,7 @@ template <class C> constexpr int kActivated = C::top_k * C::expert_columns + C::
 
 struct GateUpArguments {
   bfloat16* activated;
-  const bfloat16 *x, *gate, *up, *always_gate, *always_up;
+  const bfloat16 *x, *gate, *up, *always_gate, *always_up, *always_down;
   const float *logits, *bias;
   int tokens, first_expert;
 };
@@ -155,13 +155,28 @@ template <class C> struct Down {
   }
 };
 
+// What a mixture needs whatever the routing, to the L2: the memory has nothing else to do until the router is done.
+template <class C> HELIX_DEVICE void prefetch_always(const GateUpArguments& a) {
+  constexpr int kMost = 16 << 20;  // bytes; the L2 has other things to keep
+  constexpr i64 all = i64(C::hidden) * C::always_columns * 2;
+  constexpr int bytes = all < kMost ? int(all) : kMost;
+  const int chunk = (bytes / 16 + int(gridDim.x) - 1) / int(gridDim.x) * 16, first = int(blockIdx.x) * chunk;
+  if (threadIdx.x == 0 && first < bytes)
+    prefetch_bulk(reinterpret_cast<const u8*>(a.always_down) + first, u32(min(chunk, bytes - first)));
+  if (a.bias && threadIdx.x * 32 < C::experts) prefetch_line(a.bias + threadIdx.x * 32);
+}
+
 template <class C> HELIX_DEVICE void gate_up(const GateUpArguments& a) {
   __shared__ Sums<C> sums;
   __shared__ RoutingFor<C> routing;
   const GateUp<C> work = {a, routing};
   Skinny<C, GateUp<C>> skinny(work);
   const bool early = skinny.tile < GateUp<C>::kAlways;  // the first tile is there whatever the routing
-  if (early) skinny.fetch(skinny.index < work.units());
+  if (early) {
+    skinny.fetch(skinny.index < work.units());
+    skinny.prefetch();
+  }
+  if constexpr (C::experts > 0 && C::always_columns > 0) prefetch_always<C>(a);
   wait_for_previous_kernels();
   let_next_kernel_start();
   if constexpr (C::experts > 0) routing.make(a.logits, a.bias, a.tokens, a.first_expert);
