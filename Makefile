@@ -60,6 +60,7 @@ bench: ## what needs a GPU in bench/, with $(PYTHON)'s own packages; then make b
 	$(PYTHON) bench/steps.py
 	$(PYTHON) bench/attention.py
 	$(PYTHON) bench/ffn.py
+	$(PYTHON) bench/rank.py
 	$(PYTHON) bench/exchange.py # on two GPUs, as the next
 	$(PYTHON) bench/decode.py
 

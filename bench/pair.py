@@ -22,6 +22,7 @@ from helixc.codegen.problem import KernelSpec
 from helixc.codegen.select import select
 from helixc.launch.host import free_port
 from helixc_runtime.attention_shape import attention_shape
+from helixc_runtime.ffn_shape import ffn_shape
 from helixc_runtime.manifest import Kernel, Plan
 from helixc_runtime.one_sided import OneSidedComm
 from helixc_runtime.ops_cuda import CudaOps
@@ -79,6 +80,13 @@ def compiled(specs: Sequence[KernelSpec], folder: Path) -> tuple[Kernel, ...]:
         shutil.copytree(cubin.directory, folder / "kernels" / cubin.directory.name, dirs_exist_ok=True)
         kernels.append(cubin.kernel())
     return tuple(kernels)
+
+
+def ops_of(plan: Plan, index: int, folder: Path, device: torch.device) -> CudaOps:
+    """The Ops of one of the two, of an artifact in `folder`."""
+    rank = plan.ranks[index]
+    shape = attention_shape(plan.model, rank, plan.tokens_per_block)
+    return CudaOps(shape, plan.kernels, folder, device, ffn_shape(plan.model, rank, plan.instances[0]))
 
 
 def run_pair(
@@ -151,7 +159,7 @@ def _process(
         groups = {"cp": group, "ffn_tp": group}
         with torch.inference_mode():
             comm = OneSidedComm(rank, groups, plan.instances[0], kernels, folder, device, patience)
-            ops = CudaOps(attention_shape(plan.model, rank, plan.tokens_per_block), kernels, folder, device)
+            ops = ops_of(plan, index, folder, device)
             value = body(Side(index, plan, folder, comm, ops, device, seed), *arguments)
             torch.cuda.synchronize(device)
         pipe.send(("done", value))

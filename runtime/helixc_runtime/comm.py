@@ -166,14 +166,14 @@ class TorchComm:
         """Over the cp group: [B, H, P] of all heads -> [C, B, H / C, P], each rank's partial of my heads."""
         cp = len(self.rank.groups.cp)
         rows, heads, width = partial.o.shape
+        if cp == 1:
+            return Partial(*(t.unsqueeze(0).contiguous() for t in partial))
         # O and LSE of one destination travel together, as bytes: one all-to-all a layer.
         o = _by_destination(partial.o.view(rows, cp, heads // cp, width))
         lse = _by_destination(partial.lse.view(rows, cp, heads // cp))
         sent = torch.cat([o.view(torch.uint8), lse.view(torch.uint8)], dim=1)
-        received = sent
-        if cp > 1:
-            received = torch.empty_like(sent)
-            dist.all_to_all_single(received, sent, group=self.groups["cp"])
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.groups["cp"])
         split = o.shape[1] * o.element_size()
         o_all = received[:, :split].contiguous().view(o.dtype).view(cp, rows, heads // cp, width)
         lse_all = received[:, split:].contiguous().view(torch.float32).view(cp, rows, heads // cp)

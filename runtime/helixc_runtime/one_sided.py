@@ -64,6 +64,10 @@ class OneSidedComm(TorchComm):
         self._kinds = [kind for kind in (self._exchange, self._reduce, self._argmax) if kind]
         self._progress = [kind.progress[i : i + 1] for kind in self._kinds for i in range(2)]
 
+    def open_inboxes(self, message: int, group: GroupName, members: int, index: int) -> Tensor:
+        """peer_memory.open_inboxes of inboxes of [2 halves][members] messages of so many bytes."""
+        return open_inboxes(2 * members * message, group, members, index, self, self._device)
+
     def begin_step(self) -> None:
         for kind in self._kinds:
             kind.sent = 0
@@ -167,8 +171,7 @@ class _Messages:
         self._early = load_kernel(kernel, artifact_dir, self._device)
         self._in_order = load_kernel(kernel, artifact_dir, self._device, early=False) if in_order else self._early
         self.progress = torch.zeros(2, dtype=torch.int32, device=self._device)  # Progress of inbox.cuh
-        size = inbox_bytes(kernel, rows)
-        self._inboxes = open_inboxes(size, group, self.members, self._index, comm, self._device)
+        self._inboxes = comm.open_inboxes(message_bytes(kernel, rows), group, self.members, self._index)
 
     def mergers(self, splits: SplitPartial | None, rows: int) -> int:
         """Thread blocks for the splits of so many rows: what the GPU holds at once, if there is a piece for each."""
@@ -204,15 +207,15 @@ class _Messages:
                 raise ValueError(f"{name} is not contiguous, or does not start at a multiple of 16 bytes")
 
 
-def inbox_bytes(kernel: Kernel, rows: int) -> int:
-    """What one GPU's inbox takes, for messages of at most `rows` rows: see exchange.cuh, reduce.cuh, argmax.cuh."""
+def message_bytes(kernel: Kernel, rows: int) -> int:
+    """What a message of at most `rows` rows takes of an inbox: see exchange.cuh, reduce.cuh, argmax.cuh."""
     params, size = kernel.params, DTYPE_BYTES[str(kernel.params["dtype"])]
     if kernel.template in EXCHANGES:
-        head = int(params["partial_dim"]) * size + 4 * pieces_of(kernel)
-        return 2 * int(params["cp"]) * rows * int(params["out_heads"]) * head
+        heads = rows * int(params["out_heads"])
+        return heads * int(params["partial_dim"]) * size + -(-heads * pieces_of(kernel) * 4 // 16) * 16
     if kernel.template == "argmax":
-        return 2 * int(params["members"]) * rows * 2 * 4
-    return 2 * int(params["members"]) * rows * int(params["hidden"]) * size
+        return rows * 2 * 4
+    return rows * int(params["hidden"]) * size
 
 
 def pieces_of(kernel: Kernel) -> int:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.loopback import Echo, Loopback
 from examples.tiny_checkpoint import VOCAB, make_checkpoint
 from helixc.codegen.build import render_all
 from helixc.codegen.select import names_for, select
@@ -305,6 +306,44 @@ def test_from_attention_to_the_exchange(host: Host, tmp_path: Path, monkeypatch:
         want = TorchOps(shape).combine(*(torch.stack([part[i][:, mine] for part in exact]) for i in (0, 1)))
         for got in results[rank]:
             check_partial(Partial(got, want.lse), want, 6e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [("llama", {"tp": 2, "cp": 2}), ("deepseek-v3-lite", {"cp": 3, "ep": 3, "exchange_space": "latent"})],
+)
+def test_a_rank_alone(family: str, sizes: dict[str, Any], host: Host, tmp_path: Path, seed: int) -> None:
+    """Whichever it is: its peers' heads and summands are its own, as bench/loopback.py has them for the CPU."""
+    plan, folder_of = with_kernels(make_plan(family, tmp_path, seed, **sizes), tmp_path)
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    rank, instance, hidden = draw.choice(plan.ranks[1:]), plan.instances[1], plan.model.arch.hidden_size
+    shape = attention_shape(plan.model, rank, plan.tokens_per_block)
+    ops, members = TorchOps(shape), len(rank.groups.ffn_tp)
+    comm, echo = Loopback(rank, {}, instance, plan.kernels, folder_of(rank), CPU, 2.0), Echo(rank)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    for _ in range(3):
+        rows = draw.randint(1, instance.max_batch_size)
+        partial = Partial(normal(rows, shape.heads, shape.partial_dim), normal(rows, shape.heads))
+        x, norm, places = normal(rows, hidden), Norm(normal(hidden), EPS), range(0, members * hidden, hidden)
+        comm.begin_step()
+        for _ in range(3):
+            merged = comm.exchange(partial, ops, "partials")
+            assert relative_error(merged, echo.exchange(partial, ops, "partials").double()) <= 1e-5
+            both = [one.reduce(x.clone(), x, None, norm, ops, "sum") for one in (comm, echo)]
+            assert max(map(relative_error, both[0], (wanted.double() for wanted in both[1]))) <= 1e-5
+        tokens = comm.argmax(x, places[rank.ffn_tp_rank], "tokens")
+        assert torch.equal(tokens, x.argmax(-1) + places[rank.ffn_tp_rank])
+        comm.end_step()
+        comm.check()
+    assert {what: (size, count) for what, size, count in comm.messages(2)} == {
+        "exchange": (2 * shape.heads // len(rank.groups.cp) * (shape.partial_dim + 1) * 4, 3),
+        "reduce": (2 * hidden * 4, 3),
+        "argmax": (2 * 8, 1),
+    }
+    assert all(bool((inbox == NOTHING - (1 << 32)).all()) for inbox in comm.inboxes)
 
 
 def test_a_peer_that_never_sends_is_named(host: Host, tmp_path: Path, seed: int) -> None:
