@@ -334,7 +334,7 @@ def test_a_rank_alone(family: str, sizes: dict[str, Any], host: Host, tmp_path: 
             assert relative_error(merged, echo.exchange(partial, ops, "partials").double()) <= 1e-5
             both = [one.reduce(x.clone(), x, None, norm, ops, "sum") for one in (comm, echo)]
             assert max(map(relative_error, both[0], (wanted.double() for wanted in both[1]))) <= 1e-5
-        tokens = comm.argmax(x, places[rank.ffn_tp_rank], "tokens")
+        tokens = comm.argmax(x, places[rank.ffn_tp_rank], ops, "tokens")
         assert torch.equal(tokens, x.argmax(-1) + places[rank.ffn_tp_rank])
         comm.end_step()
         comm.check()

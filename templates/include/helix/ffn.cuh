@@ -12,8 +12,8 @@
 // of those that chose the expert are kept. A token that is NaN spoils none but itself. Nothing is added by several
 // blocks: the same inputs give the same bits.
 // A tile of gate_up is 8 rows of gate over the same 8 of up, so that both meet in one thread. The always-active tiles
-// come first, as their weights can be fetched before the router has finished, and those of down sent for; down knows the
-// routing before gate_up has finished. Shared memory: the sums of the warps (skinny.cuh), and the routing.
+// come first, as their weights can be fetched before the router has finished; down knows the routing before gate_up has
+// finished. Shared memory: the sums of the warps (skinny.cuh), and the routing.
 // Roofline: memory, 3 * D * (I * active experts + S) * 2 bytes.
 #pragma once
 #include "helix/routing.cuh"
@@ -33,7 +33,7 @@ template <class C> constexpr int kActivated = C::top_k * C::expert_columns + C::
 
 struct GateUpArguments {
   bfloat16* activated;
-  const bfloat16 *x, *gate, *up, *always_gate, *always_up, *always_down;
+  const bfloat16 *x, *gate, *up, *always_gate, *always_up, *down, *always_down;
   const float *logits, *bias;
   int tokens, first_expert;
 };
@@ -155,16 +155,29 @@ template <class C> struct Down {
   }
 };
 
-// What a mixture needs whatever the routing, to the L2: the memory has nothing else to do until the router is done.
-template <class C> HELIX_DEVICE void prefetch_always(const GateUpArguments& a) {
-  constexpr int kMost = 16 << 20;  // bytes; the L2 has other things to keep
-  constexpr i64 all = i64(C::hidden) * C::always_columns * 2;
-  constexpr int bytes = all < kMost ? int(all) : kMost;
-  const int chunk = (bytes / 16 + int(gridDim.x) - 1) / int(gridDim.x) * 16, first = int(blockIdx.x) * chunk;
-  if (threadIdx.x == 0 && first < bytes)
-    prefetch_bulk(reinterpret_cast<const u8*>(a.always_down) + first, u32(min(chunk, bytes - first)));
-  if (a.bias && threadIdx.x * 32 < C::experts) prefetch_line(a.bias + threadIdx.x * 32);
-}
+// What down will read of a mixture, to the L2, while the memory has nothing else to do: of the always-active one until
+// the router is done, and of the experts from when this block has nothing left to multiply until down starts.
+template <class C> struct DownPrefetch {
+  static constexpr i64 kMost = i64(16) << 20;  // bytes of either; the L2 has other things to keep
+  static constexpr i64 kAlways = i64(C::hidden) * C::always_columns * 2, kEach = i64(C::hidden) * C::expert_columns * 2;
+
+  // This block's share of the first `bytes` bytes of matrices of `each` bytes, of which `matrix` gives the i-th.
+  template <class Matrix> static HELIX_DEVICE void prefetch(i64 bytes, i64 each, const Matrix& matrix) {
+    const i64 share = (bytes / 16 + gridDim.x - 1) / gridDim.x * 16;
+    for (i64 at = blockIdx.x * share, end = min(at + share, bytes); at < end;) {
+      const i64 within = at % each, size = min(end - at, each - within);
+      prefetch_bulk(reinterpret_cast<const u8*>(matrix(int(at / each))) + within, u32(size));
+      at += size;
+    }
+  }
+  static HELIX_DEVICE void always(const bfloat16* down) {
+    prefetch(min(kAlways, kMost), kAlways, [&](int) { return down; });
+  }
+  static HELIX_DEVICE void experts(const bfloat16* down, const Routing<C>& routing) {
+    const auto matrix = [&](int i) { return down + i64(routing.active[i]) * C::hidden * C::expert_columns; };
+    prefetch(min(routing.count * kEach, kMost), kEach, matrix);
+  }
+};
 
 template <class C> HELIX_DEVICE void gate_up(const GateUpArguments& a) {
   __shared__ Sums<C> sums;
@@ -176,21 +189,28 @@ template <class C> HELIX_DEVICE void gate_up(const GateUpArguments& a) {
     skinny.fetch(skinny.index < work.units());
     skinny.prefetch();
   }
-  if constexpr (C::experts > 0 && C::always_columns > 0) prefetch_always<C>(a);
+  if constexpr (C::experts > 0) {
+    if (threadIdx.x == 0) DownPrefetch<C>::always(a.always_down);
+    if (a.bias && threadIdx.x * 32 < C::experts) prefetch_line(a.bias + threadIdx.x * 32);
+  }
   wait_for_previous_kernels();
   let_next_kernel_start();
   if constexpr (C::experts > 0) routing.make(a.logits, a.bias, a.tokens, a.first_expert);
   if (!early) skinny.fetch();
   skinny.run(sums);
+  if constexpr (C::experts > 0)
+    if (threadIdx.x == 0) DownPrefetch<C>::experts(a.down, routing);
 }
 
 template <class C> HELIX_DEVICE void down(const DownArguments& a) {
   __shared__ Sums<C> sums;
   __shared__ RoutingFor<C> routing;
   const Down<C> work = {a, routing};
-  if constexpr (C::experts > 0) routing.make(a.logits, a.bias, a.tokens, a.first_expert);
   Skinny<C, Down<C>> skinny(work);
-  skinny.fetch();
+  const bool early = skinny.index < Down<C>::kAlways;  // as in gate_up
+  if (early) skinny.fetch(skinny.tile < work.tiles());
+  if constexpr (C::experts > 0) routing.make(a.logits, a.bias, a.tokens, a.first_expert);
+  if (!early) skinny.fetch();
   wait_for_previous_kernels();
   let_next_kernel_start();
   skinny.run(sums);
