@@ -1,4 +1,7 @@
-"""Two ranks of one generation instance, a process and a GPU each, with nothing of an engine but their Comm and Ops."""
+"""Two ranks of one generation instance, a process and a GPU each, with nothing of an engine but their Comm and Ops.
+
+On a machine of one GPU they share it, and their kernels wait for each other by time slices: no place to measure.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from helixc.codegen.problem import KernelSpec
 from helixc.codegen.select import select
 from helixc.launch.host import free_port
 from helixc_runtime.attention_shape import attention_shape
-from helixc_runtime.ffn_shape import ffn_shape
+from helixc_runtime.ffn_cuda import ARGUMENTS as FFN_ARGUMENTS
 from helixc_runtime.manifest import Kernel, Plan
 from helixc_runtime.one_sided import OneSidedComm
 from helixc_runtime.ops_cuda import CudaOps
@@ -59,9 +62,10 @@ class Ending:
 
 
 def pair_plan(model: str, folder: Path, arch: str, rows: int) -> Plan:
-    """bare_plan, compiled in `folder`."""
+    """bare_plan, and what attention and the sends need compiled in `folder`: the kernels of the FFN are left out."""
     plan = bare_plan(model, rows)
-    return replace(plan, kernels=compiled(select(plan, (arch,)), folder))
+    specs = [spec for spec in select(plan, (arch,)) if spec.template not in FFN_ARGUMENTS]
+    return replace(plan, kernels=compiled(specs, folder))
 
 
 def bare_plan(model: str, rows: int) -> Plan:
@@ -86,7 +90,7 @@ def ops_of(plan: Plan, index: int, folder: Path, device: torch.device) -> CudaOp
     """The Ops of one of the two, of an artifact in `folder`."""
     rank = plan.ranks[index]
     shape = attention_shape(plan.model, rank, plan.tokens_per_block)
-    return CudaOps(shape, plan.kernels, folder, device, ffn_shape(plan.model, rank, plan.instances[0]))
+    return CudaOps(shape, plan.kernels, folder, device)
 
 
 def run_pair(
@@ -151,10 +155,11 @@ def _process(
     pipe: Connection,
 ) -> None:
     try:
-        device = torch.device("cuda", index)
+        gpus = torch.cuda.device_count()
+        device = torch.device("cuda", index % gpus)
         torch.cuda.set_device(device)
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=index, world_size=2)
-        group = dist.new_group([0, 1], backend="nccl")
+        group = dist.new_group([0, 1], backend="nccl" if gpus > 1 else "gloo")
         rank, kernels = plan.ranks[index], plan.kernels
         groups = {"cp": group, "ffn_tp": group}
         with torch.inference_mode():

@@ -99,7 +99,6 @@ def connect(plan: Plan, rank: Rank, device: torch.device, timeout: timedelta) ->
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, world, is_master=rank.rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank.rank, world_size=world, timeout=timeout)
-    backend = "nccl" if device.type == "cuda" else "gloo"
     made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
 
     def group(backend: str, ranks: tuple[int, ...]) -> dist.ProcessGroup:
@@ -110,11 +109,17 @@ def connect(plan: Plan, rank: Rank, device: torch.device, timeout: timedelta) ->
 
     control = group("gloo", plan.instance_of(rank).ranks)
     compute = {
-        field.name: group(backend, getattr(rank.groups, field.name))
+        field.name: group(backend_for(plan, ranks, device), ranks)
         for field in fields(Groups)
-        if len(getattr(rank.groups, field.name)) > 1
+        if len(ranks := getattr(rank.groups, field.name)) > 1
     }
     return Connection(compute, control, store)
+
+
+def backend_for(plan: Plan, ranks: tuple[int, ...], device: torch.device) -> Literal["gloo", "nccl"]:
+    """What moves the tensors of `device` in a group: NCCL refuses ranks that share a GPU, as tests let them."""
+    gpus = {(plan.ranks[rank].node, plan.ranks[rank].device) for rank in ranks}
+    return "nccl" if device.type == "cuda" and len(gpus) == len(ranks) else "gloo"
 
 
 class TorchComm:
