@@ -252,6 +252,7 @@ floor are as in the next section; the floor is at the speed of a copy, and readi
 estimate: the rank's step and, for each exchange and each sum of it, what the same kernel takes longer between two GPUs
 (bench/exchange.py, another day) than looped back, at the message's size. That the other rank may be slower is not in
 it. Shares, ratios and goals are of the estimates; what counts is the next section, once it has been measured anew.
+{result.get("note", "")}
 """
     sections = [_section("One rank of a decode step", text, (), [])]
     for model in dict.fromkeys(row["model"] for row in result["rows"]):

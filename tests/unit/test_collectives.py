@@ -19,9 +19,12 @@ from helixc.plan.collectives import admission, by_request, collectives, decode_s
 from helixc.plan.rendezvous import Op, flaws
 from helixc.spec.spec import Hardware
 from helixc_runtime import comm
+from helixc_runtime.attention_shape import attention_shape
 from helixc_runtime.comm import TorchComm
 from helixc_runtime.job import Request
 from helixc_runtime.manifest import Plan, Rank, local_length, split
+from helixc_runtime.ops import Partial
+from helixc_runtime.ops_torch import TorchOps
 from tests.deployments import plan_of, role
 from tests.threads import Call, ThreadDist, calls_of
 
@@ -90,6 +93,18 @@ def test_every_rank_issues_what_was_derived(
             told = [made(op, 1) for op in admission(instance)]
             expected = [*told, *moves(plan, rank, prompt), *step, *step, *step, *told]
             assert recorded[rank.rank] == expected, rank.rank
+
+
+def test_an_exchange_among_one_rank_copies_nothing() -> None:
+    """But it still masks what is empty: another data-parallel rank's row."""
+    plan = plan_of("llama-3.1-8b", None, role(tp=2))
+    shape, own = attention_shape(plan.model, plan.ranks[0], 4), TorchComm(plan.ranks[0], {})
+    part = Partial(torch.randn(3, shape.heads, shape.partial_dim), torch.randn(3, shape.heads))
+    part.o[1], part.lse[1] = torch.nan, -torch.inf
+    for sent, received in zip(part, own.all_to_all(part), strict=True):
+        assert received.shape == (1, *sent.shape) and received.data_ptr() == sent.data_ptr()
+    merged = own.exchange(part, TorchOps(shape), "partials")
+    torch.testing.assert_close(merged, torch.where(part.lse.isinf().unsqueeze(-1), 0.0, part.o))
 
 
 @pytest.mark.parametrize("groups", [2, 3])
