@@ -59,8 +59,8 @@ class Comm(Protocol):
     def argmax(self, x: Tensor, first: int, ops: Ops, what: str, out: Tensor | None = None) -> Tensor:
         """[N] int64: of each row, which column of the ffn_tp group's is the largest; of equal ones the first.
 
-        x [N, V] are this rank's columns, from column `first` of all. `ops`, `what`: as for exchange. `out` is filled and
-        returned, if given.
+        x [N, V] are this rank's columns, from column `first` of all. `ops`, `what`: as for exchange. `out` is filled
+        and returned, if given.
         """
         ...
 

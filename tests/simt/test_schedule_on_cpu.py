@@ -20,7 +20,7 @@ from tests.simt.cpu_kernel import CpuKernel, Gpu, build
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 TILE = 64
-Segment = tuple[int, int, int, int, int, int]  # row, length, first and last tile, partial, whole: as in mla_schedule.cuh
+Segment = tuple[int, ...]  # row, length, first and last tile, partial, whole: as in mla_schedule.cuh
 SplitRow = tuple[int, int, int]  # row, first partial, partials
 Found = tuple[list[list[Segment]], list[SplitRow]]  # each worker's
 
@@ -140,7 +140,7 @@ BUGS = [
     Bug("mla_schedule", "whole ? 0 : partial + lane", "whole ? 0 : partial"),
     Bug("mla_schedule", "size * taking + min(taking, larger)", "size * taking"),
     Bug("mla_schedule", "worker += lane; worker < workers", "worker += lane + 1; worker < workers"),
-    Bug("mla_schedule", "if (!whole && at == 0) row_first_partial = partial;", "if (!whole) row_first_partial = partial;"),
+    Bug("mla_schedule", "if (!whole && at == 0) row_first_partial", "if (!whole) row_first_partial"),
     Bug("mla_schedule", "room < share / 8 + 1", "room < 1"),
     Bug("mla_schedule", "load == 0 && piece > room ? piece : room;", "room;"),
     Bug("mla_schedule", "average + average / 16", "average"),
