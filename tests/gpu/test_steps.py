@@ -18,7 +18,7 @@ from helixc_runtime.artifact import Artifact, load
 from helixc_runtime.comm import TorchComm
 from helixc_runtime.engine import load_decoder, make_ops
 from helixc_runtime.events import Emitter
-from helixc_runtime.kv import KvCache
+from helixc_runtime.kv import KvCache, pages_needed
 from helixc_runtime.manifest import Rank
 from helixc_runtime.models.decoder import Decoder
 from helixc_runtime.step import DecodeStep, RowInput
@@ -36,7 +36,7 @@ def run(artifact: Artifact, rank: Rank, decoder: Decoder, lengths: list[int], se
     generator = torch.Generator(device).manual_seed(seed)
     with Path(os.devnull).open("wb") as silent:
         ops = make_ops(artifact, rank, device, Emitter(silent.fileno(), rank.rank))
-    width = TOKENS // block
+    width = pages_needed(TOKENS, block, len(rank.groups.cp))
     cache = KvCache(artifact.plan.model, rank, block, len(lengths), width, device)
     for pool in (pool for layer in cache.layers for pool in (layer.k, layer.v) if pool is not None):
         pool.normal_(generator=generator)
