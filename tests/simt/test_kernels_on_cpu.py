@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helixc.codegen.problem import absorb, embed, reduce
+from helixc.codegen.problem import absorb, argmax, embed, reduce
 from helixc.codegen.template_root import template_root
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.manifest import Dtype
@@ -374,3 +374,25 @@ def test_add_norm(dtype: Dtype, hidden: int, tmp_path: Path, monkeypatch: pytest
     ):
         with pytest.raises(ValueError, match=message):
             ops.add_norm(*wrong)
+
+
+@pytest.mark.parametrize("columns", [1001, 4000])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_argmax(dtype: Dtype, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """One rank's: of equal logits the first, NaN before all; where the caller wants it."""
+    shape = gqa(4, 2, 64, 4, dtype)
+    others = [argmax(members, dtype, "sm_100a") for members in (2, 1)]  # one is not for CudaOps
+    ops = cpu_ops(shape, 1, tmp_path, monkeypatch, 4, only_append=True, more=others)
+    x = torch.randint(-99, 100, (6, columns), generator=torch.Generator().manual_seed(seed)).to(getattr(torch, dtype))
+    x[1, columns // 2], x[2] = torch.nan, -torch.inf
+    field = torch.full((3, len(x)), -1)
+    assert ops.argmax(x, field[1]) is not None and torch.equal(field[1], x.float().argmax(-1))
+    assert torch.equal(ops.argmax(x), field[1]) and bool((field[::2] == -1).all())
+    for wrong, message in (
+        ((x[:, 1:], None), "x is not contiguous"),
+        ((x.double(), None), f"x is float64, expected {dtype}"),
+        ((x, field[:, 1]), r"out has shape \[3\], expected \[6\]"),
+        ((x, field.int()[0]), "out is torch.int32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.argmax(*wrong)
