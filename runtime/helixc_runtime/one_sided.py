@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helixc_runtime.attend_cuda import address
+from helixc_runtime.attention_shape import PIECE_COLUMNS
 from helixc_runtime.comm import GroupName, PeerTimeout, TorchComm
 from helixc_runtime.cubin import check_arch
 from helixc_runtime.manifest import DTYPE_BYTES, Instance, Kernel, Rank
@@ -21,8 +22,6 @@ from helixc_runtime.peer_memory import open_inboxes
 from helixc_runtime.shape_checks import check_add_norm, expect_shape, indices_of
 
 _WARP = 32
-_PIECE_COLUMNS = 64  # kPieceColumns of merge_exchange.cuh
-_PROCESSORS = 132  # of an H100 or H200
 
 
 class OneSidedComm(TorchComm):
@@ -180,7 +179,8 @@ class _Messages:
         params = self.kernel.params
         heads, width = int(params["out_heads"]) * self.members, int(params["partial_dim"])
         expect_shape("the splits' o", splits.o, (len(splits.lse), heads * int(params["row_tokens"]), width))
-        return min(_PROCESSORS * int(params["blocks"]), rows * heads * pieces_of(self.kernel))
+        processors = torch.cuda.get_device_properties(self._device).multi_processor_count
+        return min(processors * int(params["blocks"]), rows * heads * pieces_of(self.kernel))
 
     def launch(
         self, blocks: int, tensors: Sequence[Tensor | None], sizes: tuple[int, ...], call: int, *, early: bool = True
@@ -220,7 +220,7 @@ def message_bytes(kernel: Kernel, rows: int) -> int:
 
 def pieces_of(kernel: Kernel) -> int:
     """Pieces of a head that may be sent apart, each with its LSE."""
-    return int(kernel.params["partial_dim"]) // _PIECE_COLUMNS if kernel.template == "merge_exchange" else 1
+    return int(kernel.params["partial_dim"]) // PIECE_COLUMNS if kernel.template == "merge_exchange" else 1
 
 
 def _find(kernels: Sequence[Kernel], *templates: str, **params: int) -> Kernel:
