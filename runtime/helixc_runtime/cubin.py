@@ -12,8 +12,8 @@ import torch
 
 _FORMATS = {"pointer": "Q", "int32": "i"}  # of struct; a "map" is passed where it lies
 _STATIC_SHARED = 48 * 1024  # bytes a thread block may have without asking
-# Per cent of a multiprocessor's memory that is shared memory, the rest L1. Only an empty multiprocessor can change it: if
-# kernels differed, thread blocks of the next one would wait for a place until those of the last have all gone.
+# Per cent of a multiprocessor's memory that is shared memory, the rest L1. Only an empty multiprocessor can change it:
+# if kernels differed, thread blocks of the next one would wait for a place until those of the last have all gone.
 _ALL_SHARED = 100
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
