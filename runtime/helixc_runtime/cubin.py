@@ -12,9 +12,6 @@ import torch
 
 _FORMATS = {"pointer": "Q", "int32": "i"}  # of struct; a "map" is passed where it lies
 _STATIC_SHARED = 48 * 1024  # bytes a thread block may have without asking
-# Per cent of a multiprocessor's memory that is shared memory, the rest L1. Only an empty multiprocessor can change it:
-# if kernels differed, thread blocks of the next one would wait for a place until those of the last have all gone.
-_ALL_SHARED = 100
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
 
@@ -96,12 +93,10 @@ class LoadedKernel:
             library = self._check(driver.cuLibraryLoadData(path.read_bytes(), [], [], 0, [], [], 0), path)
             kernel = self._check(driver.cuLibraryGetKernel(library, name.encode()), path)
             function = self._check(driver.cuKernelGetFunction(kernel), path)
-            attributes = driver.CUfunction_attribute
-            wanted = {attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT: _ALL_SHARED}
             if shared > _STATIC_SHARED:
-                wanted[attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = shared
-            for attribute, value in wanted.items():
-                self._check(driver.cuFuncSetAttribute(function, attribute, value), path)
+                attributes = driver.CUfunction_attribute
+                most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                self._check(driver.cuFuncSetAttribute(function, most, shared), path)
         self._function = int(function)
         self._arguments = _Arguments(name, arguments)
         self._config = _launch_config(threads, shared, early)

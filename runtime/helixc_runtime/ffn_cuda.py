@@ -21,7 +21,7 @@ from helixc_runtime.shape_checks import check_linear, check_mixture, check_mlp
 # The launch arguments of each template, in order.
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "router": ("pointer",) * 3,
-    "gate_up": ("pointer",) * 10 + ("int32",) * 2,
+    "gate_up": ("pointer",) * 8 + ("int32",) * 2,
     "down": ("pointer",) * 6 + ("int32",) * 2,
     "linear": ("pointer",) * 3 + ("int32",) * 8,
 }
@@ -122,7 +122,7 @@ class CudaFfn:
         first = self.shape.experts[0] if self.shape and self.shape.experts else 0
         e_gate, e_up, e_down = (experts.gate, experts.up, experts.down) if experts else (None,) * 3
         a_gate, a_up, a_down = (always.gate, always.up, always.down) if always else (None,) * 3
-        pointers = map(address, (activated, x, e_gate, e_up, a_gate, a_up, e_down, a_down, logits, bias))
+        pointers = map(address, (activated, x, e_gate, e_up, a_gate, a_up, logits, bias))
         gate_up.launch((self._blocks(kernel, tiles), 1, 1), *pointers, len(x), first)
         pointers = map(address, (out, activated, e_down, a_down, logits, bias))
         down.launch((self._blocks(down_kernel, -(-x.shape[1] // _TILE_ROWS)), 1, 1), *pointers, len(x), first)

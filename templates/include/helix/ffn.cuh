@@ -33,7 +33,7 @@ template <class C> constexpr int kActivated = C::top_k * C::expert_columns + C::
 
 struct GateUpArguments {
   bfloat16* activated;
-  const bfloat16 *x, *gate, *up, *always_gate, *always_up, *down, *always_down;
+  const bfloat16 *x, *gate, *up, *always_gate, *always_up;
   const float *logits, *bias;
   int tokens, first_expert;
 };
@@ -155,51 +155,20 @@ template <class C> struct Down {
   }
 };
 
-// What down will read of a mixture, to the L2, while the memory has nothing else to do: of the always-active one until
-// the router is done, and of the experts from when this block has nothing left to multiply until down starts.
-template <class C> struct DownPrefetch {
-  static constexpr i64 kMost = i64(16) << 20;  // bytes of either; the L2 has other things to keep
-  static constexpr i64 kAlways = i64(C::hidden) * C::always_columns * 2, kEach = i64(C::hidden) * C::expert_columns * 2;
-
-  // This block's share of the first `bytes` bytes of matrices of `each` bytes, of which `matrix` gives the i-th.
-  template <class Matrix> static HELIX_DEVICE void prefetch(i64 bytes, i64 each, const Matrix& matrix) {
-    const i64 share = (bytes / 16 + gridDim.x - 1) / gridDim.x * 16;
-    for (i64 at = blockIdx.x * share, end = min(at + share, bytes); at < end;) {
-      const i64 within = at % each, size = min(end - at, each - within);
-      prefetch_bulk(reinterpret_cast<const u8*>(matrix(int(at / each))) + within, u32(size));
-      at += size;
-    }
-  }
-  static HELIX_DEVICE void always(const bfloat16* down) {
-    prefetch(min(kAlways, kMost), kAlways, [&](int) { return down; });
-  }
-  static HELIX_DEVICE void experts(const bfloat16* down, const Routing<C>& routing) {
-    const auto matrix = [&](int i) { return down + i64(routing.active[i]) * C::hidden * C::expert_columns; };
-    prefetch(min(routing.count * kEach, kMost), kEach, matrix);
-  }
-};
-
 template <class C> HELIX_DEVICE void gate_up(const GateUpArguments& a) {
   __shared__ Sums<C> sums;
   __shared__ RoutingFor<C> routing;
   const GateUp<C> work = {a, routing};
   Skinny<C, GateUp<C>> skinny(work);
   const bool early = skinny.tile < GateUp<C>::kAlways;  // the first tile is there whatever the routing
-  if (early) {
-    skinny.fetch(skinny.index < work.units());
-    skinny.prefetch();
-  }
-  if constexpr (C::experts > 0) {
-    if (threadIdx.x == 0) DownPrefetch<C>::always(a.always_down);
+  if (early) skinny.fetch(skinny.index < work.units());
+  if constexpr (C::experts > 0)
     if (a.bias && threadIdx.x * 32 < C::experts) prefetch_line(a.bias + threadIdx.x * 32);
-  }
   wait_for_previous_kernels();
   let_next_kernel_start();
   if constexpr (C::experts > 0) routing.make(a.logits, a.bias, a.tokens, a.first_expert);
   if (!early) skinny.fetch();
   skinny.run(sums);
-  if constexpr (C::experts > 0)
-    if (threadIdx.x == 0) DownPrefetch<C>::experts(a.down, routing);
 }
 
 template <class C> HELIX_DEVICE void down(const DownArguments& a) {

@@ -191,10 +191,6 @@ HELIX_DEVICE void cluster_barrier() {
 }
 
 // Programmatic dependent launch: the next kernel may start; the previous one has finished and its writes are visible.
-// A kernel that lets the next one start before it has waited itself makes a chain: its successor starts while its
-// predecessor runs. So what a kernel reads before it waits must be older than all of the chain before it: weights always
-// are. The caches, schedules and logits that attention, merges and `down` read early are older than a predecessor that
-// lets go only after its wait: append, attention, gate_up.
 HELIX_DEVICE void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 HELIX_DEVICE void wait_for_previous_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
@@ -242,10 +238,6 @@ HELIX_DEVICE Vector16 load_streamed(const void* from) {
 }
 // Asks for the line at `from` to be in the L2 soon.
 HELIX_DEVICE void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-// Asks for `bytes` bytes, a multiple of 16 at a multiple of 16, by one thread; the copy engine does it.
-HELIX_DEVICE void prefetch_bulk(const void* from, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
 HELIX_DEVICE void store_global(void* to, Vector16 v) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.words[0]), "r"(v.words[1]), "r"(v.words[2]),
                "r"(v.words[3])

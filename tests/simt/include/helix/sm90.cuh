@@ -127,11 +127,6 @@ HELIX_DEVICE Vector16 load_global(const void* from) {
 HELIX_DEVICE Vector16 load_streamed(const void* from) { return load_global(from); }
 // Nothing is seen of it but a fault where there is no memory.
 HELIX_DEVICE void prefetch_line(const void* from) { *static_cast<const volatile u8*>(from); }
-HELIX_DEVICE void prefetch_bulk(const void* from, u32 bytes) {
-  if (u64(from) % 16 || bytes % 16) __trap();
-  const volatile u8* first = static_cast<const volatile u8*>(from);
-  if (bytes) first[0], first[bytes - 1];
-}
 HELIX_DEVICE void store_global(void* to, Vector16 v) { std::memcpy(aligned(to, 16), &v, 16); }
 
 // Others may run between any two of these: a loop of loads sees what they wrote in the meantime.
