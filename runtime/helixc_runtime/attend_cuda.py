@@ -159,12 +159,12 @@ class HopperMla:
         """Of the queries, the latent columns and the rotary columns."""
         dims, strides = (64, 8, 9, cache.k.shape[0] * self.shape.block // 8), (1152, 128, 9216)
         kv_map, rotary_map = (self.maps.get(cache.k, dims, strides, (64, 8, chunks, 4)) for chunks in (2, 1))
-        return self._q_map(q, rows, 8), kv_map, rotary_map
+        return self._q_map(q, rows, 8, 1), kv_map, rotary_map
 
-    def _q_map(self, q: Tensor, rows: int, groups: int) -> TensorMap:
-        """`groups`: eights of queries that a thread block fetches; those beyond the row's are zeros."""
+    def _q_map(self, q: Tensor, rows: int, groups: int, chunks: int) -> TensorMap:
+        """A copy is `groups` eights of queries, those beyond the row's zeros, by `chunks` of 64 columns."""
         dims, strides = (64, 8, 9, self.queries // 8, rows), (1152, 128, 9216, self.queries * 1152)
-        return self.maps.get(q, dims, strides, (64, 8, 9, groups, 1))
+        return self.maps.get(q, dims, strides, (64, 8, chunks, groups, 1))
 
     def _more(self, cache: LayerCache, batch: DecodeBatch) -> tuple[Tensor | None, ...]:
         """The launch's last arguments."""
@@ -186,7 +186,7 @@ class HopperMlaFp8(HopperMla):
         # The maps' elements have 2 bytes.
         latent = self.maps.get(cache.k, (64, 8, 4, groups), (576, 128, 4608), (64, 8, 4, 4))
         rotary = self.maps.get(cache.k[..., 512:], (32, 8, 1, groups), (576, 64, 4608), (32, 8, 1, 4))
-        return self._q_map(q, rows, int(self.kernel.params["width"]) // 8), latent, rotary
+        return self._q_map(q, rows, int(self.kernel.params["width"]) // 8, 9), latent, rotary
 
     def _more(self, cache: LayerCache, batch: DecodeBatch) -> tuple[Tensor | None, ...]:
         return batch.lengths, cache.k_scale

@@ -56,10 +56,11 @@ class Comm(Protocol):
         """Ops.add_norm of the sum of `x` [B, hidden] over the ffn_tp group. `ops`, `what`: as for exchange."""
         ...
 
-    def argmax(self, x: Tensor, first: int, what: str) -> Tensor:
+    def argmax(self, x: Tensor, first: int, ops: Ops, what: str, out: Tensor | None = None) -> Tensor:
         """[N] int64: of each row, which column of the ffn_tp group's is the largest; of equal ones the first.
 
-        x [N, V] are this rank's columns, from column `first` of all. `what`: as for exchange.
+        x [N, V] are this rank's columns, from column `first` of all. `ops`, `what`: as for exchange. `out` is filled
+        and returned, if given.
         """
         ...
 
@@ -157,13 +158,14 @@ class TorchComm:
     ) -> tuple[Tensor, Tensor]:
         return ops.add_norm(self.all_reduce(x, "ffn_tp"), residual, bias, norm)
 
-    def argmax(self, x: Tensor, first: int, what: str) -> Tensor:
+    def argmax(self, x: Tensor, first: int, ops: Ops, what: str, out: Tensor | None = None) -> Tensor:
         if "ffn_tp" not in self.groups:
-            return x.argmax(-1)
+            return ops.argmax(x, out)
         largest, at = x.max(dim=-1)
         gathered = self.all_gather(torch.stack((largest.double(), (at + first).double())), "ffn_tp")  # [n, 2, N]
         owner = gathered[:, 0].argmax(0, keepdim=True)
-        return gathered[:, 1].gather(0, owner).squeeze(0).long()
+        found = gathered[:, 1].gather(0, owner).squeeze(0).long()
+        return found if out is None else out.copy_(found)
 
     def all_to_all(self, partial: Partial) -> Partial:
         """Over the cp group: [B, H, P] of all heads -> [C, B, H / C, P], each rank's partial of my heads."""

@@ -19,7 +19,7 @@ from helixc_runtime.manifest import DTYPE_BYTES, Instance, Kernel, Rank
 from helixc_runtime.ops import Norm, Ops, Partial, SplitPartial
 from helixc_runtime.ops_cuda import EXCHANGES, load_kernel
 from helixc_runtime.peer_memory import open_inboxes
-from helixc_runtime.shape_checks import check_add_norm, expect_shape
+from helixc_runtime.shape_checks import check_add_norm, expect_shape, indices_of
 
 _WARP = 32
 
@@ -132,13 +132,13 @@ class OneSidedComm(TorchComm):
         kind.launch(len(x), (out, normed, x, residual, bias, weight), (kind.rows,), self._call("ffn_tp", what))
         return out, normed
 
-    def argmax(self, x: Tensor, first: int, what: str) -> Tensor:
+    def argmax(self, x: Tensor, first: int, ops: Ops, what: str, out: Tensor | None = None) -> Tensor:
         kind = self._argmax
         if kind is None:
-            return super().argmax(x, first, what)
+            return super().argmax(x, first, ops, what, out)
         rows, columns = x.shape
         kind.expect(rows, x=x)
-        out = torch.empty(rows, dtype=torch.int64, device=x.device)
+        out = indices_of(x, out)
         kind.launch(rows, (out, x), (columns, first, kind.rows), self._call("ffn_tp", what))
         return out
 

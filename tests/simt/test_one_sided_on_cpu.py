@@ -160,7 +160,9 @@ def test_steps_of_any_size(host: Host, tmp_path: Path, seed: int, monkeypatch: p
             merged = exchanged(own, parts[rank.rank], ops)
             first = own.reduce(summands[rank.rank].clone(), residual, bias, norm, ops, "o_proj")
             second = own.reduce(summands[rank.rank].clone(), None, None, None, ops, "FFN")
-            tokens = own.argmax(first[0], rank.ffn_tp_rank * hidden, "tokens")
+            row = torch.full((2, len(first[0])), -1)[1] if len(results[rank.rank]) % 2 else None
+            tokens = own.argmax(first[0], rank.ffn_tp_rank * hidden, ops, "tokens", row)
+            assert row is None or tokens is row
             own.end_step()
             results[rank.rank] += [merged, *first, second[0], tokens]
         own.check()
@@ -332,7 +334,7 @@ def test_a_rank_alone(family: str, sizes: dict[str, Any], host: Host, tmp_path: 
             assert relative_error(merged, echo.exchange(partial, ops, "partials").double()) <= 1e-5
             both = [one.reduce(x.clone(), x, None, norm, ops, "sum") for one in (comm, echo)]
             assert max(map(relative_error, both[0], (wanted.double() for wanted in both[1]))) <= 1e-5
-        tokens = comm.argmax(x, places[rank.ffn_tp_rank], "tokens")
+        tokens = comm.argmax(x, places[rank.ffn_tp_rank], ops, "tokens")
         assert torch.equal(tokens, x.argmax(-1) + places[rank.ffn_tp_rank])
         comm.end_step()
         comm.check()
@@ -383,8 +385,10 @@ def test_what_does_not_fit_is_refused(host: Host, tmp_path: Path, seed: int) -> 
         (lambda: comm.exchange(Partial(o[:1], lse[:1, 1:]), ops, ""), r"lse has shape \[1, "),
         (lambda: comm.exchange(Partial(o[:1], lse[:1].double()), ops, ""), "lse is torch.float64"),
         (lambda: comm.exchange(Partial(o[:1].half(), lse[:1]), ops, ""), "o is torch.float16"),
-        (lambda: comm.argmax(torch.zeros(rows + 1, 8), 0, ""), f"{rows + 1} rows, expected 1 to {rows}"),
-        (lambda: comm.argmax(x.half(), 0, ""), "x is torch.float16"),
+        (lambda: comm.argmax(torch.zeros(rows + 1, 8), 0, ops, ""), f"{rows + 1} rows, expected 1 to {rows}"),
+        (lambda: comm.argmax(x.half(), 0, ops, ""), "x is torch.float16"),
+        (lambda: comm.argmax(x, 0, ops, "", torch.zeros(2).long()), r"out has shape \[2\], expected \[1\]"),
+        (lambda: comm.argmax(x, 0, ops, "", torch.zeros(1)), "out is torch.float32"),
         (lambda: comm.reduce(x, x.half(), None, None, ops, ""), "residual is torch.float16"),
         (lambda: comm.reduce(x, x[:, 1:], None, None, ops, ""), "residual has shape"),
         (lambda: comm.reduce(x, None, x[0, 1:], None, ops, ""), "bias has shape"),

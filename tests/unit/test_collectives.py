@@ -160,7 +160,7 @@ def test_traffic_is_the_sum_of_the_step() -> None:
 
 def test_the_largest_of_all_ranks_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three ranks, shares of 4, 3 and 3 columns: torch's argmax of all; of equal logits the first, NaN before all."""
-    widths, fake = (4, 3, 3), ThreadDist()
+    widths, fake, no_ops = (4, 3, 3), ThreadDist(), cast(Any, None)
     monkeypatch.setattr(comm, "_all_gather", fake.all_gather)
     logits = torch.randint(3, (60, 10)).float()
     logits[::4, secrets.randbelow(10)] = torch.nan
@@ -173,7 +173,9 @@ def test_the_largest_of_all_ranks_columns(monkeypatch: pytest.MonkeyPatch) -> No
         fake.become(rank.rank)
         own = TorchComm(rank, cast(Any, {"ffn_tp": rank.groups.ffn_tp}))
         x = logits.bfloat16().split(widths, dim=1)[rank.rank]
-        found[rank.rank] = own.argmax(x, sum(widths[: rank.rank]), "tokens")
+        row = torch.full((2, len(x)), -1)[1]
+        found[rank.rank] = own.argmax(x, sum(widths[: rank.rank]), no_ops, "tokens", row)
+        assert found[rank.rank] is row
 
     threads = [threading.Thread(target=body, args=(rank,)) for rank in ranks]
     for thread in threads:

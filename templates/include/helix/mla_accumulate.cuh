@@ -6,36 +6,62 @@
 namespace helix {
 
 // Zeroes this side's columns of the tile's tokens from `valid` on: what lies there may be NaN, and 0 * NaN = NaN.
-HELIX_DEVICE void mla_clear_tail(u32 values, int side, u32 valid) {
+HELIX_DEVICE void mla_clear_tail(const u32 (&values)[2], int side, u32 valid) {
   const u32 thread = threadIdx.x % 128;
 #pragma unroll 1
   for (u32 i = valid * 32 + thread; i < kTileTokens * 32; i += 128) {
     const u32 token = i / 32, chunk = i / 8 % 4, unit = i % 8;
-    const u32 at = chunk / 2 * kHalfOffset + token / 8 * 2048 + chunk % 2 * 1024 + token % 8 * 128 + unit * 16;
-    store_shared(values + at, Vector16{{0, 0, 0, 0}});
+    const u32 at = token / 8 * 2048 + chunk % 2 * 1024 + token % 8 * 128 + unit * 16;
+    store_shared((chunk < 2 ? values[0] : values[1]) + at, Vector16{{0, 0, 0, 0}});
   }
   fence_async_proxy();
   named_barrier(1 + side, 128);
 }
 
 // O / sum in bf16 through the tile's own shared memory, so that a warp writes 512 contiguous bytes; each its 16 rows.
-HELIX_DEVICE void mla_write(bfloat16* to, const float (&o)[2][64], const float (&inverse)[2], u32 values, int queries) {
+HELIX_DEVICE void mla_write(bfloat16* to, const float (&o)[2][64], u32 inverses, const u32 (&values)[2],
+                            int queries) {
   const u32 thread = opaque(threadIdx.x) % 128, warp = thread / 32, lane = thread % 32;
-  const u32 mine = values + warp * (2 * 2048);
+  const u32 mine = warp * (2 * 2048);
+  const float inverse[2] = {load_shared(inverses), load_shared(inverses + 32)};
 #pragma unroll
   for (int j = 0; j < 32; ++j) {
-    const u32 at = mine + j / 16 * kHalfOffset + j / 8 % 2 * 1024 + swizzled(lane / 4, j % 8 * 16 + lane % 4 * 4);
+    const u32 at = values[j / 16] + mine + j / 8 % 2 * 1024 + swizzled(lane / 4, j % 8 * 16 + lane % 4 * 4);
     const float* four = o[j / 16] + j % 16 * 4;
     store_shared(at, pack_bfloat16(four[0] * inverse[0], four[1] * inverse[0]));
     store_shared(at + 2048, pack_bfloat16(four[2] * inverse[1], four[3] * inverse[1]));
   }
   __syncwarp();
-  const u32 from = mine + lane / 16 * kHalfOffset + lane / 8 % 2 * 1024;
+  const u32 from = (lane < 16 ? values[0] : values[1]) + mine + lane / 8 % 2 * 1024;
   to += (warp * 16) * 512 + lane * 8;
 #pragma unroll
   for (u32 row = 0; row < 16; ++row)
     if (int(warp * 16 + row) < queries)
       store_global(to + row * 512, load_shared_vector(from + row / 8 * 2048 + swizzled(row % 8, lane % 8 * 16)));
+}
+
+// The first of the two rows of O, 8 apart, that this thread's registers are of.
+HELIX_DEVICE u32 mla_row() {
+  const u32 thread = opaque(threadIdx.x) % 128;
+  return thread / 32 * 16 + thread % 32 / 4;
+}
+
+// O times the factors of its rows, which are nearly always 1.
+HELIX_DEVICE void mla_rescale(float (&o)[2][64], u32 factors) {
+  const float scale0 = load_shared(factors), scale1 = load_shared(factors + 32);
+  if (!__any_sync(0xffffffffu, scale0 != 1.0f || scale1 != 1.0f)) return;
+#pragma unroll
+  for (int i = 0; i < 128; ++i) o[i / 64][i % 64] *= i % 4 < 2 ? scale0 : scale1;
+}
+
+// 128 columns of O += P V, or = P V. Not waited for.
+HELIX_DEVICE void mla_multiply(float (&o)[64], u32 weights, u32 values, bool first) {
+  const MatrixOperand p(weights, 16, 1024), v(values, 1024, 2048);
+  wgmma_begin();
+#pragma unroll
+  for (int step = 0; step < 4; ++step)
+    wgmma_m64n128k16(o, p.at(step * 32), v.at(step * 2 * 2048), step > 0 || !first);
+  wgmma_commit();
 }
 
 // Where a segment's result goes, from this block's first query and this side's first column on.
@@ -44,66 +70,61 @@ template <class C> HELIX_DEVICE bfloat16* mla_output(const MlaArguments& a, cons
   return to + (i64(segment.whole ? segment.row : segment.partial) * C::queries + head_half<C>() * 64) * 512 + side * 256;
 }
 
-// One warpgroup: O[64][256] += P V over a segment, then O / sum to memory. `side` says which 256 columns.
-template <class C> HELIX_DEVICE void mla_accumulate(const MlaArguments& a, u32 base, int side) {
-  const int thread = int(threadIdx.x) % 128, lane = thread % 32, row0 = thread / 32 * 16 + lane / 4;
+template <class C> HELIX_DEVICE void mla_write_zeros(bfloat16* to) {
+#pragma unroll 1
+  for (int i = int(threadIdx.x) % 128; i < queries_here<C>() * 32; i += 128)
+    store_global(to + i / 32 * 512 + i % 32 * 8, Vector16{{0, 0, 0, 0}});
+}
+
+// One warpgroup: O[64][256] += P V over a segment, then O / sum to memory. `side` says which 256 columns. What lies in the
+// last region is multiplied as soon as there are weights, for its two slots are soon needed; all else when it is its turn.
+template <class C, int side> HELIX_DEVICE void mla_accumulate(const MlaArguments& a, u32 base) {
+  constexpr int kFirst = side == 0 ? 0 : 1;  // half of the columns, in the order in which the regions are fetched again
+  constexpr bool kAtOnce = region_of(side, kFirst) == kLast;
   Stage stage;
-  u32 p_parity = 0;
   Segments<C> segments(a.segments);
   wait_for_previous_kernels();
   if (segments.left == 0) return;
   do {
-    const int first_tile = segments.current->first_tile, last_tile = segments.current->last_tile;
-    const int length = segments.current->length;
-    if (first_tile == last_tile) {
-      bfloat16* to = mla_output<C>(a, *segments.current, side);
-      for (int i = thread; i < queries_here<C>() * 32; i += 128)
-        store_global(to + i / 32 * 512 + i % 32 * 8, Vector16{{0, 0, 0, 0}});
+    int tiles = segments.current().last_tile - segments.current().first_tile;
+    if (tiles == 0) {
+      mla_write_zeros<C>(mla_output<C>(a, segments.current(), side));
       continue;
     }
+    stage.pass_queries();
+    int valid = segments.current().length - segments.current().first_tile * kTileTokens;
     float o[2][64];  // two instructions of 128 columns: one of 256 needs more registers than 512 threads start with
-    for (int tile = first_tile; tile < last_tile; ++tile) {
-      const bool last = tile + 1 == last_tile;
-      const u32 values = base + M::region(stage.index, region_of(side, 0));
-      barrier_wait(base + M::p_full, p_parity);
-      p_parity ^= 1;
-      if (tile > first_tile) {
-        const float scale0 = load_shared(base + M::rescale + 4 * row0);
-        const float scale1 = load_shared(base + M::rescale + 4 * (row0 + 8));
-        if (__any_sync(0xffffffffu, scale0 != 1.0f || scale1 != 1.0f)) {
-#pragma unroll
-          for (int i = 0; i < 128; ++i) o[i / 64][i % 64] *= i % 4 < 2 ? scale0 : scale1;
-        }
-      }
-      const int valid = length - tile * kTileTokens;
+    for (bool first = true; tiles > 0; --tiles, first = false) {
+      const bool last = tiles == 1;
+      const u32 values[2] = {base + M::region(stage, region_of(side, 0)), base + M::region(stage, region_of(side, 1))};
+      barrier_wait(base + (kAtOnce ? M::p_full(stage) : M::turn(stage)), stage.parity);
+      if (!first) mla_rescale(o, base + M::row_rescale(stage, mla_row()));
       if (valid < kTileTokens) mla_clear_tail(values, side, valid);
-      const MatrixOperand p(base + M::p, 16, 1024);
-      wgmma_begin();
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const MatrixOperand v(values + half * kHalfOffset, 1024, 2048);
-#pragma unroll
-        for (int step = 0; step < 4; ++step)
-          wgmma_m64n128k16(o[half], p.at(step * 32), v.at(step * 2 * 2048), step > 0 || tile > first_tile);
-        wgmma_commit();
+      valid -= kTileTokens;
+      const u32 p = base + M::p(stage);
+      mla_multiply(o[kFirst], p, values[kFirst], first);
+      if (kAtOnce) {
+        wgmma_wait<0>();
+        if (!last) mla_release<C>(base + M::empty(stage, kLast));
+        barrier_wait(base + M::turn(stage), stage.parity);
       }
-      if (!last) {
+      mla_multiply(o[1 - kFirst], p, values[1 - kFirst], first);
+      if (!kAtOnce && !last) {
         wgmma_wait<1>();
-        mla_release<C>(base + M::empty(stage.index, region_of(side, 0)));
+        mla_release<C>(base + M::empty(stage, region_of(side, kFirst)));
       }
       wgmma_wait<0>();
       if (last) {
-        const float inverse[2] = {load_shared(base + M::inverse + 4 * row0),
-                                  load_shared(base + M::inverse + 4 * (row0 + 8))};
-        named_barrier(1 + side, 128);  // all warps have read V and the sums
-        mla_write(mla_output<C>(a, *segments.current, side), o, inverse, values, queries_here<C>());
+        named_barrier(1 + side, 128);  // all warps have read V
+        mla_write(mla_output<C>(a, segments.current(), side), o, base + M::row_inverse(stage, mla_row()), values,
+                  queries_here<C>());
         fence_async_proxy();
         __syncwarp();
-        mla_release<C>(base + M::empty(stage.index, region_of(side, 0)));
+        mla_release<C>(base + M::empty(stage, region_of(side, kFirst)));
       }
-      if (lane == 0) barrier_arrive(base + M::p_empty);
-      mla_release<C>(base + M::empty(stage.index, region_of(side, 1)));
-      stage.advance();
+      mla_release<C>(base + M::empty(stage, region_of(side, 1 - kFirst)));
+      mla_release<C>(base + M::empty(stage, kRotary));
+      stage.pass_tile();
     }
   } while (segments.next());
 }

@@ -62,10 +62,10 @@ template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u
   wait_for_previous_kernels();
   if (segments.left == 0) return;
   do {
-    const int first_tile = segments.current->first_tile, last_tile = segments.current->last_tile;
-    int valid = segments.current->length - first_tile * kTileTokens;
+    const int first_tile = segments.current().first_tile, last_tile = segments.current().last_tile;
+    int valid = segments.current().length - first_tile * kTileTokens;
     if (first_tile == last_tile) {
-      bfloat16* to = mla_fp8_output<C>(a, *segments.current, side);
+      bfloat16* to = mla_fp8_output<C>(a, segments.current(), side);
 #pragma unroll 1
       for (int i = opaque(thread); i < queries_here<C>() * 32; i += 128)
         store_global(to + i / 32 * 512 + i % 32 * 8, Vector16{{0, 0, 0, 0}});
@@ -119,7 +119,7 @@ template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u
       wgmma_wait<0>();
       wgmma_keep(v[1][0]);
       wgmma_keep(v[1][1]);
-      if (tile + 1 == last_tile) mla_fp8_write<C>(mla_fp8_output<C>(a, *segments.current, side), o, base + M8::inverse);
+      if (tile + 1 == last_tile) mla_fp8_write<C>(mla_fp8_output<C>(a, segments.current(), side), o, base + M8::inverse);
       __syncwarp();
       if (lane == 0) barrier_arrive(base + M8::p_empty);
     }

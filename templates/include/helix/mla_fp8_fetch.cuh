@@ -59,7 +59,7 @@ HELIX_DEVICE void mla_fp8_fetch(const MlaArguments& a, const u8* scales, const M
   Segments<C> segments(a.segments);
   if (segments.left == 0) return;
   do {
-    const Segment segment = *segments.current;
+    const Segment segment = segments.current();
     PageWindow<C> window(a, segment);
     if (!waited) wait_for_previous_kernels();  // what it writes is not read above: schedule and page table are older
     waited = true;

@@ -275,16 +275,16 @@ template <class C> HELIX_DEVICE void mla_fp8_softmax(const MlaArguments& a, u32 
   wait_for_previous_kernels();
   if (segments.left == 0) return;
   do {
-    const int start = segments.current->first_tile * kTileTokens;
-    int tiles = segments.current->last_tile - segments.current->first_tile;
+    const int start = segments.current().first_tile * kTileTokens;
+    int tiles = segments.current().last_tile - segments.current().first_tile;
     if (tiles == 0) {
-      if (int(thread) < queries_here<C>()) mla_fp8_lse<C>(a, *segments.current)[thread] = minus_infinity();
+      if (int(thread) < queries_here<C>()) mla_fp8_lse<C>(a, segments.current())[thread] = minus_infinity();
       continue;
     }
-    int bounds[kTokens], valid = segments.current->length - start;
+    int bounds[kTokens], valid = segments.current().length - start;
 #pragma unroll
     for (int t = 0; t < kTokens; ++t)
-      bounds[t] = mla_bound<C>(a, *segments.current, head_half<C>() * 64 / C::heads + t) - start;
+      bounds[t] = mla_bound<C>(a, segments.current(), head_half<C>() * 64 / C::heads + t) - start;
     MlaFp8Softmax<C> softmax;
     barrier_wait(base + M8::q_full, q_parity);
     q_parity ^= 1;
@@ -314,7 +314,7 @@ template <class C> HELIX_DEVICE void mla_fp8_softmax(const MlaArguments& a, u32 
       barrier_wait(base + M8::p_empty, p_parity);
       p_parity ^= 1;
       if (last)
-        softmax.finish(base + M8::p, base + M8::queries, base + M8::inverse, mla_fp8_lse<C>(a, *segments.current));
+        softmax.finish(base + M8::p, base + M8::queries, base + M8::inverse, mla_fp8_lse<C>(a, segments.current()));
       mla_fp8_publish_weights<C>(s, base + M8::p);
       if (thread == 0) store_shared(base + M8::moved, u32(moved));
       pending = true;

@@ -17,38 +17,64 @@ struct MlaArguments {
   const int* lengths;  // [rows, row_tokens]
 };
 
-// Regions in the order in which they are fetched and used: the rotary columns, then a half of each side's columns.
-constexpr int kRegions = 5, kRotary = 0;
-constexpr __device__ int region_of(int side, int half) { return 1 + side + 2 * half; }
+// Regions in the order in which a tile's are fetched and its scores use them: half of each side's columns, the other half
+// of side 0, the rotary columns, the other half of side 1.
+constexpr int kRegions = 5, kRotary = 3, kLast = 4;
+constexpr __device__ int region_of(int side, int half) { return half == 0 ? side : 2 + 2 * side; }
+constexpr __device__ int chunks_in(int region) { return region == kRotary ? 1 : 2; }  // of 64 columns
 constexpr __device__ int first_chunk(int region) {
-  return region == kRotary ? 8 : (region - 1) % 2 * 4 + (region - 1) / 2 * 2;
+  return region == kRotary ? 8 : region == kLast ? 6 : region % 2 * 4 + region / 2 * 2;
 }
-constexpr __device__ int chunks_in(int region) { return region == kRotary ? 1 : 2; }
-constexpr __device__ u32 region_offset(int region) { return region == kRotary ? 0 : 8192u + u32(region - 1) * 16384u; }
 
-constexpr u32 kHalfOffset = region_offset(region_of(0, 1)) - region_offset(region_of(0, 0));  // to a side's other half
+// A segment's queries come before its tiles, in the slots of all regions but the last; but the chunks that do not meet a
+// region before kRotary, from this one on, have a place of their own.
+constexpr int kHeldChunks = 2 * kRotary;
+
+// Where a role is in the rings of slots.
+struct Stage {
+  static constexpr u32 kSlots = 3, kLastSlots = 2;  // of a region, and of the last one
+  u32 slot = 0, parity = 0, last_slot = 0, last_parity = 0;
+  HELIX_DEVICE u32 slot_of(int region) const { return region == kLast ? last_slot : slot; }
+  HELIX_DEVICE u32 parity_of(int region) const { return region == kLast ? last_parity : parity; }
+  HELIX_DEVICE void pass_queries() {
+    if (++slot == kSlots) slot = 0, parity ^= 1;
+  }
+  HELIX_DEVICE void pass_tile() {
+    pass_queries();
+    last_parity ^= last_slot;
+    last_slot ^= 1;
+  }
+  // Where the queries are, at the segment's first tile.
+  HELIX_DEVICE Stage before() const { return slot == 0 ? Stage{kSlots - 1, parity ^ 1} : Stage{slot - 1, parity}; }
+};
 
 struct MlaShared {
-  static constexpr u32 kTile = 64 * 1152, kQ = 64 * 1152, kQGroup = 9 * 1024;  // bytes
-  static constexpr u32 q = 0, tiles = q + kQ, p = tiles + 2 * kTile, rescale = p + 64 * 128, inverse = rescale + 256;
-  static constexpr u32 q_full = inverse + 256, q_empty = q_full + 8, p_full = q_empty + 8, p_empty = p_full + 8;
-  static constexpr u32 full_barriers = p_empty + 8, empty_barriers = full_barriers + 16 * kRegions;
-  static constexpr u32 bytes = empty_barriers + 16 * kRegions;
+  static constexpr u32 kChunk = 64 * 128, kRegion = 2 * kChunk, kRing = Stage::kSlots * kRegion;  // bytes
+  static constexpr u32 rotary = kRotary * kRing, last = rotary + Stage::kSlots * kChunk;
+  static constexpr u32 q = last + Stage::kLastSlots * kRegion, rescale = q + (9 - kHeldChunks) * kChunk;
+  static constexpr u32 inverse = rescale + Stage::kSlots * 256, full_barriers = inverse + Stage::kSlots * 256;
+  static constexpr u32 kBarriers = 8 * Stage::kSlots * kRegions, empty_barriers = full_barriers + kBarriers;
+  static constexpr u32 p_full_barriers = empty_barriers + kBarriers;
+  static constexpr u32 turn_barriers = p_full_barriers + 8 * Stage::kSlots, q_empty = turn_barriers + 8 * Stage::kSlots;
+  static constexpr u32 bytes = q_empty + 8;
   static_assert(bytes <= 232448, "shared memory of one block");
-  HELIX_DEVICE static u32 full(u32 stage, int region) { return full_barriers + 8 * (stage * kRegions + region); }
-  HELIX_DEVICE static u32 empty(u32 stage, int region) { return empty_barriers + 8 * (stage * kRegions + region); }
-  HELIX_DEVICE static u32 region(u32 stage, int region) { return tiles + stage * kTile + region_offset(region); }
+  HELIX_DEVICE static u32 region(const Stage& stage, int region) {
+    if (region == kRotary) return rotary + stage.slot * kChunk;
+    return region == kLast ? last + stage.last_slot * kRegion : u32(region) * kRing + stage.slot * kRegion;
+  }
+  HELIX_DEVICE static u32 barrier(const Stage& stage, int region) {
+    return 8 * (u32(region) * Stage::kSlots + stage.slot_of(region));
+  }
+  HELIX_DEVICE static u32 full(const Stage& stage, int region) { return full_barriers + barrier(stage, region); }
+  HELIX_DEVICE static u32 empty(const Stage& stage, int region) { return empty_barriers + barrier(stage, region); }
+  // P takes the place of the rotary columns.
+  HELIX_DEVICE static u32 p(const Stage& stage) { return region(stage, kRotary); }
+  HELIX_DEVICE static u32 p_full(const Stage& stage) { return p_full_barriers + 8 * stage.slot; }
+  HELIX_DEVICE static u32 turn(const Stage& stage) { return turn_barriers + 8 * stage.slot; }  // of the products held back
+  HELIX_DEVICE static u32 row_rescale(const Stage& stage, u32 row) { return rescale + 256 * stage.slot + 4 * row; }
+  HELIX_DEVICE static u32 row_inverse(const Stage& stage, u32 row) { return inverse + 256 * stage.slot + 4 * row; }
 };
 using M = MlaShared;
-
-// Which of the two tiles a role is at.
-struct Stage {
-  u32 index = 0, parity = 0;
-  HELIX_DEVICE void advance() {
-    parity ^= index;
-    index ^= 1;
-  }
-};
 
 template <class C> HELIX_DEVICE int head_half() { return C::cluster == 2 ? int(cluster_rank()) : 0; }
 template <class C> HELIX_DEVICE int queries_here() {
@@ -58,14 +84,15 @@ template <class C> HELIX_DEVICE int worker_index() { return int(blockIdx.x) / C:
 
 // The segments of this block's worker, in order.
 template <class C> struct Segments {
-  const Segment *current, *others;
-  int left;
-  HELIX_DEVICE explicit Segments(const Segment* all) : current(all + worker_index<C>()) {
-    others = all + current->more;
-    left = current->count;
+  const Segment* all;
+  int at, others, left;
+  HELIX_DEVICE explicit Segments(const Segment* segments) : all(segments), at(worker_index<C>()) {
+    others = all[at].more;
+    left = all[at].count;
   }
+  HELIX_DEVICE const Segment& current() const { return all[at]; }
   HELIX_DEVICE bool next() {
-    current = others++;
+    at = others++;
     return --left > 0;
   }
 };

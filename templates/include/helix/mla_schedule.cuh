@@ -4,9 +4,13 @@
 //
 // A row is a run of 64-token tiles, as far as its last query token sees. Workers take tiles in order, near the average of what is left, but a worker keeps
 // whole rows and equal pieces of a long row where that costs at most 1/16 of the average: every cut is a partial that
-// must be written and merged. One thread decides; it is W + B short steps, once a step of the model.
+// must be written and merged.
+//
+// Who takes what depends on what is left, so one warp decides, worker by worker: a short step each, once a step of the
+// model. But workers that get one piece of the same row each are found 32 at a time: lane i looks whether worker + i
+// would take piece i, if those before it took theirs.
 #pragma once
-#include "helix/element.cuh"
+#include "helix/warp.cuh"
 
 namespace helix {
 
@@ -44,7 +48,7 @@ template <int kRowTokens> HELIX_DEVICE int longest(const int* lengths, int row) 
 template <int kRowTokens>
 HELIX_DEVICE void make_schedule(Schedule out, const int* lengths, int rows, int workers) {
   constexpr int kCached = 2048;
-  __shared__ int lanes[32], cached[kCached];
+  __shared__ int lanes[kWarp], cached[kCached];
   int mine = 0;
   for (int row = threadIdx.x; row < rows; row += blockDim.x) {
     const int length = longest<kRowTokens>(lengths, row);
@@ -52,19 +56,55 @@ HELIX_DEVICE void make_schedule(Schedule out, const int* lengths, int rows, int 
     if (row < kCached) cached[row] = length;
   }
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, distance);
-  if (threadIdx.x % 32 == 0) lanes[threadIdx.x / 32] = mine;
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, distance);
+  if (threadIdx.x % kWarp == 0) lanes[threadIdx.x / kWarp] = mine;
   __syncthreads();
-  if (threadIdx.x != 0) return;
+  if (threadIdx.x >= kWarp) return;
+  const int lane = threadIdx.x;
   int left = 0;
-  for (int warp = 0; warp < int(blockDim.x) / 32; ++warp) left += lanes[warp];
+  for (int warp = 0; warp < int(blockDim.x) / kWarp; ++warp) left += lanes[warp];
 
   const int average = (left + workers - 1) / workers, most = average + average / 16;
   int row = 0, at = 0, others = workers, partial = 0, splits = 0, row_first_partial = 0;
-  int length = rows > 0 ? cached[0] : 0;
-  for (int worker = 0; worker < workers; ++worker) {
+  const auto length_of = [&](int row) {
+    return row >= rows ? 0 : row < kCached ? cached[row] : longest<kRowTokens>(lengths, row);
+  };
+  int length = length_of(0);
+  // `take` tiles of the row, in `pieces` segments, are dealt.
+  const auto advance = [&](int take, int pieces, bool whole) {
+    if (!whole && at == 0) row_first_partial = partial;
+    if (!whole) partial += pieces;
+    left -= take, at += take;
+    if (at < tiles_of(length)) return;
+    if (!whole && lane == 0) out.split[splits] = {row, row_first_partial, partial - row_first_partial, 0};
+    if (!whole) ++splits;
+    at = 0, length = length_of(++row);
+  };
+
+  int worker = 0;
+  while (worker < workers && row < rows) {
+    const int workers_left = workers - worker, tiles = tiles_of(length), rest = tiles - at;
+    const int share = quotient(left + workers_left - 1, workers_left);
+
+    // Equal pieces of the row, the larger ones first.
+    const int pieces = rest > most ? quotient(rest + most - 1, most) : 1, size = quotient(rest, pieces);
+    const int larger = rest - size * pieces, piece = size + (lane < larger);
+    const int before = size * lane + min(lane, larger), then_left = workers_left - lane;
+    const bool takes = lane < pieces && then_left > 1 && quotient(left - before + then_left - 1, then_left) <= piece;
+    const u32 refusing = ~__ballot_sync(0xffffffffu, takes);
+    const int taking = refusing ? __ffs(int(refusing)) - 1 : kWarp;
+    if (taking > 0) {
+      const bool whole = size == tiles;
+      if (lane < taking)
+        out.segments[worker + lane] = {
+            row, length, at + before, at + before + piece, whole ? 0 : partial + lane, whole ? 1 : 0, 1, others};
+      advance(size * taking + min(taking, larger), taking, whole);
+      worker += taking;
+      continue;
+    }
+
+    // One worker: pieces of several rows.
     Segment first = {0, 0, 0, 0, 0, 0, 0, others};
-    const int workers_left = workers - worker, share = quotient(left + workers_left - 1, workers_left);
     int load = 0;
     while (row < rows) {
       const int tiles = tiles_of(length), rest = tiles - at;
@@ -77,25 +117,23 @@ HELIX_DEVICE void make_schedule(Schedule out, const int* lengths, int rows, int 
         if (take > rest) take = rest;
       }
       if (take == 0 && load > 0 && tiles > 0) break;
-      const bool whole = take == tiles;
-      if (!whole && at == 0) row_first_partial = partial;
+      const bool whole = take == tiles, ends = at + take == tiles;
       const Segment segment = {row, length, at, at + take, whole ? 0 : partial, whole ? 1 : 0, 0, 0};
       if (first.count++ == 0) {
         first = segment, first.count = 1, first.more = others;
       } else {
-        out.segments[others++] = segment;
+        if (lane == 0) out.segments[others] = segment;
+        ++others;
       }
-      if (!whole) ++partial;
-      load += take, left -= take, at += take;
-      if (at < tiles) break;
-      if (!whole) out.split[splits++] = {row, row_first_partial, partial - row_first_partial, 0};
-      ++row, at = 0;
-      if (row < rows) length = row < kCached ? cached[row] : longest<kRowTokens>(lengths, row);
-      if (load >= share && workers_left > 1) break;
+      load += take;
+      advance(take, 1, whole);
+      if (!ends || (load >= share && workers_left > 1)) break;
     }
-    out.segments[worker] = first;
+    if (lane == 0) out.segments[worker] = first;
+    ++worker;
   }
-  *out.split_count = splits;
+  for (worker += lane; worker < workers; worker += kWarp) out.segments[worker] = {0, 0, 0, 0, 0, 0, 0, others};
+  if (lane == 0) *out.split_count = splits;
 }
 
 }  // namespace helix

@@ -5,23 +5,61 @@
 
 namespace helix {
 
+// A warp's 16 queries, [64 columns][16 columns], as far as registers hold them.
+using MlaQueries = FragmentA[kHeldChunks][4];
+
+// Takes the queries, and passes their slots on.
+template <class C> HELIX_DEVICE void mla_load_queries(MlaQueries& q, u32 base, const Stage& stage) {
+  const u32 lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+#pragma unroll
+  for (int region = 0; region <= kRotary; ++region) {
+    barrier_wait(base + M::full(stage, region), stage.parity);
+#pragma unroll
+    for (int step = 0; region < kRotary && step < 4 * chunks_in(region); ++step) {
+      const u32 from = base + M::region(stage, region) + step / 4 * M::kChunk;
+      q[first_chunk(region) + step / 4][step % 4] = load_matrices(from + swizzled(row, step % 4 * 32 + lane / 16 * 16));
+    }
+  }
+  __syncwarp();
+  for (int region = 0; region <= kRotary; ++region) mla_release<C>(base + M::empty(stage, region));
+  mla_release<C>(base + M::empty(stage, kRotary));  // which waits for two warpgroups
+  if (lane == 0) {  // their slots take part in everything
+    barrier_arrive(base + M::p_full(stage));
+    barrier_arrive(base + M::turn(stage));
+  }
+}
+
+// Lets the products with the weights of the tile before begin, if they are held back.
+HELIX_DEVICE void mla_pass_turn(u32& held) {
+  if (held != 0 && threadIdx.x % 32 == 0) barrier_arrive(held);
+  held = 0;
+}
+
 // S[64][64] = Q K' of a tile, region by region as they arrive; column 8 j + 2 (lane % 4) + e of row lane / 4 + 8 r is
-// in s[4 j + 2 r + e].
-HELIX_DEVICE void mla_scores(float (&s)[32], u32 shared, Stage stage) {
+// in s[4 j + 2 r + e]. The tensor cores are passed on a little early: it takes a while until they are used.
+HELIX_DEVICE void mla_scores(float (&s)[32], const MlaQueries& q, u32 shared, const Stage& stage, u32& held) {
   const u32 base = opaque(shared);
-  const MatrixOperand q(base + M::q, 16, M::kQGroup);
-  wgmma_begin();
+  const MatrixOperand shared_q(base + M::q, 16, 1024);
+  if (!__any_sync(0xffffffffu, barrier_passed(base + M::full(stage, 0), stage.parity))) mla_pass_turn(held);
 #pragma unroll
   for (int region = 0; region < kRegions; ++region) {
-    const MatrixOperand k(base + M::region(stage.index, region), 16, 1024 * chunks_in(region));
-    barrier_wait(base + M::full(stage.index, region), stage.parity);
+    const MatrixOperand k(base + M::region(stage, region), 16, 1024 * chunks_in(region));
+    barrier_wait(base + M::full(stage, region), stage.parity_of(region));
+    wgmma_begin();
 #pragma unroll
     for (int step = 0; step < 4 * chunks_in(region); ++step) {
       const u32 within = step / 4 * 1024 + step % 4 * 32;
-      wgmma_m64n64k16(s, q.at(first_chunk(region) * 1024 + within), k.at(within), region + step > 0);
+      if (region < kRotary) {
+        wgmma_m64n64k16(s, q[first_chunk(region) + step / 4][step % 4], k.at(within), region + step > 0);
+      } else {
+        const int chunk = first_chunk(region) + step / 4 - kHeldChunks;
+        wgmma_m64n64k16(s, shared_q.at(chunk * M::kChunk + step % 4 * 32), k.at(within), 1);
+      }
+      if (step % 4 == 3) wgmma_commit();
     }
   }
-  wgmma_commit();
+  wgmma_wait<1>();
+  mla_pass_turn(held);
   wgmma_wait<0>();
 }
 
@@ -87,65 +125,66 @@ HELIX_DEVICE void mla_mask(float (&s)[32], int valid) {
     if (i / 4 * 8 + column + i % 2 >= valid) s[i] = minus_infinity();
 }
 
-// Weights as P, the factors, and with the last tile 1 / sum, to shared memory, once that is free.
+// Weights as P, the factors, and with the last tile 1 / sum, to shared memory. P takes the place of the tile's rotary
+// columns, so all warps must have their scores.
 template <class C>
 HELIX_DEVICE void mla_publish(const float (&s)[32], const float (&factor)[2], MlaSoftmax<C>& softmax, u32 base,
-                              u32& p_parity, bool last) {
+                              const Stage& stage, bool last) {
   const u32 thread = opaque(threadIdx.x) % 128, lane = thread % 32, row = thread / 32 * 16 + lane / 4;
   if (last) softmax.add_lanes();
-  barrier_wait(base + M::p_empty, p_parity);
-  p_parity ^= 1;
+  named_barrier(3, 128);
 #pragma unroll
   for (u32 j = 0; j < 8; ++j) {
-    const u32 at = base + M::p + swizzled(row, 16 * j + 4 * (lane % 4));
+    const u32 at = base + M::p(stage) + swizzled(row, 16 * j + 4 * (lane % 4));
     store_shared(at, pack_bfloat16(s[4 * j], s[4 * j + 1]));
     store_shared(at + 8 * 128, pack_bfloat16(s[4 * j + 2], s[4 * j + 3]));
   }
   if (lane % 4 == 0) {
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) {
-      store_shared(base + M::rescale + 4 * (row + 8 * r), factor[r]);
-      if (last) store_shared(base + M::inverse + 4 * (row + 8 * r), softmax.inverse(r));
+      store_shared(base + M::row_rescale(stage, row + 8 * r), factor[r]);
+      if (last) store_shared(base + M::row_inverse(stage, row + 8 * r), softmax.inverse(r));
     }
   }
   fence_async_proxy();
-  barrier_arrive(base + M::p_full);
+  __syncwarp();
+  if (lane == 0) barrier_arrive(base + M::p_full(stage));
 }
 
-// One warpgroup: scores, running softmax, and the LSE. The scores of a tile overlap with P V of the one before. They
-// are not started before that one's softmax: P V, and the memory of its tile, would come later (measured: slower).
+// One warpgroup: scores, running softmax, and the LSE. Most of P V is held back until the scores of the next tile are
+// almost there: it has the tensor cores for itself during their softmax, and they have them before.
 template <class C> HELIX_DEVICE void mla_softmax(const MlaArguments& a, u32 base) {
   const int thread = int(threadIdx.x) % 128, lane = thread % 32, row0 = thread / 32 * 16 + lane / 4;
-  Stage stage;  // of the next scores
-  u32 q_parity = 0, p_parity = 1;
+  Stage stage;
   Segments<C> segments(a.segments);
   wait_for_previous_kernels();
   if (segments.left == 0) return;
   do {
-    const int first_tile = segments.current->first_tile, last_tile = segments.current->last_tile;
+    const int first_tile = segments.current().first_tile, last_tile = segments.current().last_tile;
     // A warp's 16 rows are heads of one query token.
-    const int bound = mla_bound<C>(a, *segments.current, (head_half<C>() * 64 + thread / 32 * 16) / C::heads);
+    const int bound = mla_bound<C>(a, segments.current(), (head_half<C>() * 64 + thread / 32 * 16) / C::heads);
     MlaSoftmax<C> softmax;
     if (first_tile < last_tile) {
-      float s[32];
-      barrier_wait(base + M::q_full, q_parity);
-      q_parity ^= 1;
-      mla_scores(s, base, stage);
+      MlaQueries q;
+      mla_load_queries<C>(q, base, stage);
+      stage.pass_queries();
+      u32 held = 0;
       for (int tile = first_tile; tile < last_tile; ++tile) {
-        mla_release<C>(base + M::empty(stage.index, kRotary));
-        stage.advance();
         const bool last = tile + 1 == last_tile;
+        float s[32], factor[2];
+        mla_scores(s, q, base, stage, held);
         if (last && lane == 0) barrier_arrive(base + M::q_empty);
         mla_mask(s, bound - tile * kTileTokens);
-        float factor[2];
         softmax.refer(s, factor);
         softmax.weigh(s);
-        mla_publish(s, factor, softmax, base, p_parity, last);
-        if (!last) mla_scores(s, base, stage);
+        mla_publish(s, factor, softmax, base, stage, last);
+        held = base + M::turn(stage);
+        stage.pass_tile();
       }
+      mla_pass_turn(held);
     }
     if (lane % 4 == 0) {
-      const Segment& segment = *segments.current;
+      const Segment& segment = segments.current();
       float* lse = segment.whole ? a.lse + i64(segment.row) * C::queries : a.part_lse + i64(segment.partial) * C::queries;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
