@@ -64,6 +64,7 @@ flash attention with LSE, on contiguous K and V instead of pages. Each table is 
 One layer's attention, partial and merge, pages of {BLOCK} tokens in random order, launches back to back in a CUDA
 graph; medians, peers interleaved. "Read" is a plain read of the same pages, its launches overlapped as ours are.
 Schedules are not in the times.
+{result.get("note", "")}
 """
     sections = [_section("Decode attention", text, (), [])]
     for title, wanted, part in (
@@ -111,6 +112,7 @@ def steps(result: dict[str, Any]) -> str:
 Repeat with `python bench/steps.py`. One launch for one layer in a CUDA graph, inputs rotated past the L2 where 256 sets
 of them suffice; medians, an empty kernel interleaved. The floor is the bytes that must move, at the
 {result["copy_bandwidth"]:g} TB/s that torch's copy reached in the same run; the share is floor / ours.
+{result.get("note", "")}
 """
     sections = [_section("Append and combine", text, (), [])]
     for op, title in (("append", "Append: norms, RoPE, the query, the cache's new tokens"), ("combine", "Combine")):
