@@ -4,10 +4,11 @@
 //   log2, one copy for each four columns  ->  o bf16, lse natural log
 //
 // The blocks that share a unit, and one share of its queries, share its merge too: block i of n writes the i-th of n
-// slices, from all n parts, so that every word of a part has one reader. Of two, one ends with the unit and the other,
-// as a rule, began with it: the one that ends merges all, the other's part is there long before. An unwritten word holds -0.0, which no writer writes: readers poll the words
-// themselves, with no fence or flag, and put -0.0 back. All blocks are on the GPU at once, so the wait ends. The sums
-// have one order: two runs give the same bits. Roofline: latency; 2 * blocks * queries * D * 5 bytes at most, in L2.
+// slices, from all n parts, so that every word of a part has one reader. Of two blocks, the one that ends with its part
+// merges all (gqa_partial.cuh): as a rule, the other began with its part, which is there long before. An unwritten word
+// holds -0.0, which no writer writes: readers poll the words themselves, with no fence or flag, and put -0.0 back. All
+// blocks are on the GPU at once, so the wait ends. The sums have one order: two runs give the same bits.
+// Roofline: latency; 2 * blocks * queries * D * 5 bytes at most, in L2.
 #pragma once
 #include "helix/gqa_schedule.cuh"
 #include "helix/mma.cuh"
