@@ -10,10 +10,10 @@
 // numbers is off by 2^-39 of the largest at most. Weights likewise: the largest weight times V scale that the warp has
 // seen stands for 2^15, so that no mixture of scales costs precision; the softmax sum has a largest score of its own, a
 // lane's. Float16 weights are rounded 8 times finer than bfloat16 ones.
-// Instructions a warp and tile of 128 tokens, D 128, as compiled: 560, of them 132 conversions, 32 swaps, 32 products, 16
-// ldmatrix and 20 exponentials. With two cycles for what issues at half the rate and eight for an exponential that is
-// less than 1,000 of a scheduler's cycles, of the 2,500 in which memory brings the tile (13 bytes a cycle and SM). As
-// measured: 1,050 cycles a tile, and 1,650 of two warps a scheduler (9 to 16 queries), which both convert.
+// Instructions a warp and tile of 128 tokens, D 128, as compiled: 560, of them 132 conversions, 32 swaps, 32 products,
+// 16 ldmatrix and 20 exponentials. With two cycles for what issues at half the rate and eight for an exponential that
+// is less than 1,000 of a scheduler's cycles, of the 2,500 in which memory brings the tile (13 bytes a cycle and SM).
+// As measured: 1,050 cycles a tile, and 1,650 of two warps a scheduler (9 to 16 queries), which both convert.
 #pragma once
 #include "helix/gqa_tile.cuh"
 

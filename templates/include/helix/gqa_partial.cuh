@@ -6,15 +6,15 @@
 //       -inf)
 //
 // One thread block an SM takes an even share of all tiles, of 64 tokens in bf16 and 128 in FP8 (gqa_schedule.cuh). Its
-// last warp copies K and V tiles ahead through a ring of stages. Each of its other warps takes a quarter of every tile, a
-// slice, for eight queries, with its own softmax state: no warp waits for another until a unit ends. Tokens are the rows
-// of the products, S^T = K Q^T and O^T += V^T P^T, so that eight queries, heads of each query token, are their columns and
-// K and V come straight from shared memory (gqa_state.cuh, gqa_fp8_state.cuh). Up to 8 queries of a KV head take four
-// warps and up to 16 eight, two a scheduler, whose latencies overlap; FP8 is converted by both. More queries are cut into
-// shares: the blocks of neighbouring numbers take one each, of the same tokens at about the same time. Two blocks are a
-// cluster if the shares come in pairs: one copies K to both, the other V, and L2 is read once. Units cut between blocks
-// are merged at the end, in the same launch (gqa_merge.cuh): all blocks have to be on the GPU at once, which a grid of
-// one block an SM ensures.
+// last warp copies K and V tiles ahead through a ring of stages. Each of its other warps takes a quarter of every tile,
+// a slice, for eight queries, with its own softmax state: no warp waits for another until a unit ends. Tokens are the
+// rows of the products, S^T = K Q^T and O^T += V^T P^T, so that eight queries, heads of each query token, are their
+// columns and K and V come straight from shared memory (gqa_state.cuh, gqa_fp8_state.cuh). Up to 8 queries of a KV head
+// take four warps and up to 16 eight, two a scheduler, whose latencies overlap; FP8 is converted by both. More queries
+// are cut into shares: the blocks of neighbouring numbers take one each, of the same tokens at about the same time. Two
+// blocks are a cluster if the shares come in pairs: one copies K to both, the other V, and L2 is read once. Units cut
+// between blocks are merged at the end, in the same launch (gqa_merge.cuh): all blocks have to be on the GPU at once,
+// which a grid of one block an SM ensures.
 // NaN beyond a row's length does not spread: scores there become -inf and V rows zero. The new tokens that only later
 // query tokens of the row see have weight zero in earlier ones.
 // Shared memory: stages * 2 * 64 * D * 2 bytes (and FP8's scales); a unit's last stage serves to reduce the slices.
@@ -26,8 +26,8 @@
 
 namespace helix {
 
-// Copies under way at once, in tiles: half the ring, 64 KiB an SM. The memory needs a third of that to be busy, and what
-// is more waits in its queues, where it delays all other traffic: queries, parts to merge, what the kernel before
+// Copies under way at once, in tiles: half the ring, 64 KiB an SM. The memory needs a third of that to be busy, and
+// what is more waits in its queues, where it delays all other traffic: queries, parts to merge, what the kernel before
 // writes last. A pair of blocks copies without a limit: each copy already waits for both.
 template <class C> constexpr int kMostCopies = C::cluster == 1 ? C::stages / 2 : C::stages;
 

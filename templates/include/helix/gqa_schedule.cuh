@@ -18,8 +18,8 @@ template <class C> constexpr int kHeadShares = C::group / C::share_heads;
 template <class C> constexpr int kTokenShares = (C::query_tokens + C::share_tokens - 1) / C::share_tokens;
 template <class C> constexpr int kShares = kHeadShares<C> * kTokenShares<C>;
 
-// The block's part in merging one unit: it writes items [begin, end) (of 4 columns) from `count` parts. Of one part or two
-// there are no such items (gqa_merge.cuh).
+// The block's part in merging one unit: it writes items [begin, end) (of 4 columns) from `count` parts. Of one part or
+// two there are no such items (gqa_merge.cuh).
 struct MergePlan {
   int row, kv_head;
   int first, count, first_is_later_slot;

@@ -4,8 +4,8 @@
 
 namespace helix {
 
-// What one computing warp knows of a unit. Lane l holds columns l % 4 * 2 + {0, 1} of the warp's eight; the rows of o (of
-// D) and the tokens behind `sum` are spread over l / 4.
+// What one computing warp knows of a unit. Lane l holds columns l % 4 * 2 + {0, 1} of the warp's eight; the rows of o
+// (of D) and the tokens behind `sum` are spread over l / 4.
 template <class C> struct GqaState {
   static constexpr int steps = C::head_dim / 16;
   static constexpr int chains = 2;  // independent sums of a score: products to overlap
