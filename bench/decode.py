@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runtime")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # noqa: E402
 
 from bench.gpu_timing import copy_bandwidth, earlier_rows, machine  # noqa: E402
 from helixc.build import build, build_without_kernels, make_plan  # noqa: E402
@@ -41,8 +42,8 @@ from helixc.hardware import GPUS  # noqa: E402
 from helixc.launch.host import free_port  # noqa: E402
 from helixc.model import read_model  # noqa: E402
 from helixc.spec.spec import RoleSpec  # noqa: E402
-from helixc_runtime.artifact import load  # noqa: E402
-from helixc_runtime.comm import connect  # noqa: E402
+from helixc_runtime.artifact import Artifact, load  # noqa: E402
+from helixc_runtime.comm import Comm, Connection, connect  # noqa: E402
 from helixc_runtime.engine import Generation, Session, load_decoder, make_comm, make_ops  # noqa: E402
 from helixc_runtime.events import Emitter  # noqa: E402
 from helixc_runtime.job import Job, Request  # noqa: E402
@@ -59,9 +60,14 @@ POOL_BYTES = 80e9  # what a rank's KV may take; a layout whose share of a case i
 WARM_STEPS, STEPS, PROFILED = 8, 48, 4
 MOST_KERNELS = 45  # of a profile
 DEADLINE_S = 240.0  # for one model
+PATIENCE_S = 60.0  # for a message of a peer
 LAYOUTS = {"tp1 cp2": role(cp=2), "tp2": role(tp=2)}
 HELIX, PLAIN = LAYOUTS
 ALONE = {"tp1": role()}
+
+
+# How a rank meets the others: what it shares with them, and its Comm.
+Meet = Callable[[Artifact, Rank, torch.device], tuple[Connection, Comm]]
 
 
 @dataclass(frozen=True)
@@ -346,8 +352,14 @@ def run_rank(study: Study, folder: Path, on_gpu: bool, profile: bool, rank: int,
             torch.cuda.empty_cache()
 
 
+def with_peers(artifact: Artifact, rank: Rank, device: torch.device) -> tuple[Connection, Comm]:
+    """The other processes, and what the plan chose to send by."""
+    connection = connect(artifact.plan, rank, device, timedelta(seconds=DEADLINE_S))
+    return connection, make_comm(artifact, rank, connection, device, PATIENCE_S)
+
+
 def run_layout(
-    study: Study, directory: Path, rank: int, device: torch.device, profile: bool
+    study: Study, directory: Path, rank: int, device: torch.device, profile: bool, meet: Meet = with_peers
 ) -> Iterator[dict[str, Any]]:
     """Every case of one layout."""
     artifact, start = load(directory), time.monotonic()
@@ -357,11 +369,11 @@ def run_layout(
         Request(index, (0,) * tokens, generated(), 0.0, 1.0, 0, True)
         for index, (batch, tokens) in enumerate((batch, tokens) for batch, tokens in cases for _ in range(batch))
     ]
-    job = Job(str(directory), None, "cuda" if device.type == "cuda" else "cpu", tuple(requests), False, 60.0, 1)
+    job = Job(str(directory), None, "cuda" if device.type == "cuda" else "cpu", tuple(requests), False, PATIENCE_S, 1)
     with Path(os.devnull).open("wb") as silent:
         emit = Emitter(silent.fileno(), rank)
-        connection = connect(plan, own, device, timedelta(seconds=DEADLINE_S))
-        decoder = load_decoder(plan, own, make_comm(artifact, own, connection, device, job.deadline_s), device, emit)
+        connection, comm = meet(artifact, own, device)
+        decoder = load_decoder(plan, own, comm, device, emit)
         session = Session(job, plan, own, instance, decoder, connection, directory, emit)
         width = pages_needed(instance.max_seq_len, study.block, instance.cp)
         cache = KvCache(plan.model, own, study.block, instance.max_batch_size, width, device)
@@ -429,7 +441,11 @@ class Timed:
 
 
 def measure_case(generation: Generation, read: float, profile: bool) -> tuple[Measured, str]:
-    """Time the rows that `generation` has, until they end; `read`: see floor_bytes. And the profile, if wanted."""
+    """Time the rows that `generation` has, until they end; `read`: see floor_bytes.
+
+    And what else there is to say: the profile, if wanted, and whether rows have come to the same tokens, and experts.
+    """
+    rows = list(generation.rows)
     for _ in range(WARM_STEPS):
         generation.advance()
     step, timed = generation.step, Timed(generation.step)
@@ -443,11 +459,13 @@ def measure_case(generation: Generation, read: float, profile: bool) -> tuple[Me
     kernels = profiled(generation) if profile else ""
     while generation.rows:
         generation.advance()
-    return Measured(ttl, timed.median_us(), read), kernels
+    distinct = statistics.mean(len(set(tokens)) for tokens in zip(*(row.tokens for row in rows), strict=True))
+    said = f", {distinct:.1f} different tokens a step" if len(rows) > 1 else ""
+    return Measured(ttl, timed.median_us(), read), said + kernels
 
 
 def profiled(generation: Generation) -> str:
-    """A line a kernel: its microseconds a launch, its launches and microseconds a step."""
+    """A line a kernel, those first that cost a step the most."""
     on_gpu = generation.step.decoder.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity], acc_events=True) as profiler:
@@ -455,16 +473,31 @@ def profiled(generation: Generation) -> str:
             generation.advance()
         if on_gpu:
             torch.cuda.synchronize()
-    rows = []
-    for event in profiler.key_averages():
-        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        rows.append((spent / PROFILED, event.count / PROFILED, event.key))
-    rows.sort(reverse=True)
-    lines = ["", f"{'all':>9} {sum(count for _, count, _ in rows):7.1f} {sum(us for us, _, _ in rows):9.1f} us"]
-    lines += [
-        f"{us / count:9.2f} {count:7.1f} {us:9.1f} us  {name[:110]}" for us, count, name in rows[:MOST_KERNELS] if us
-    ]
+    rows = {
+        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
+        for event in profiler.key_averages()
+    }
+    moved = ends_moved(profiler.events()) if on_gpu else {}
+    order = sorted(rows, key=lambda name: moved.get(name, rows[name][0]), reverse=True)
+    lines = ["", "us a launch, launches and us of a step, us by which the step ends later: of its kernels"]
+    totals = (sum(count for _, count in rows.values()), sum(us for us, _ in rows.values()), sum(moved.values()))
+    lines.append(f"{'all':>9} {totals[0] / PROFILED:7.1f} {totals[1] / PROFILED:9.1f} {totals[2] / PROFILED:9.1f}")
+    for name in order[:MOST_KERNELS]:
+        us, count = rows[name]
+        if us:
+            times = f"{us / count:9.2f} {count / PROFILED:7.1f} {us / PROFILED:9.1f}"
+            lines.append(f"{times} {moved.get(name, 0.0) / PROFILED:9.1f}  {name[:110]}")
     return "\n".join(lines)
+
+
+def ends_moved(events: Sequence[Any]) -> dict[str, float]:
+    """By kernel: microseconds from the end of what ended before to its own. Kernels overlap; these times do not."""
+    moved: dict[str, float] = {}
+    on_device = [event for event in events if event.device_type == DeviceType.CUDA]
+    on_device.sort(key=lambda event: event.time_range.end)
+    for before, event in itertools.pairwise(on_device):
+        moved[event.name] = moved.get(event.name, 0.0) + event.time_range.end - before.time_range.end
+    return moved
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def report(side: Side, row: dict[str, Any]) -> None:
 
 def exchanges(side: Side, rows: int) -> Calls:
     """An exchange and the merge of what arrives."""
-    shape, group = side.ops.shape, side.comm.groups["cp"]
+    shape, group = side.ops.shape, side.comm.groups.get("cp")
     parts = [random_partial(side, rows) for _ in range(SETS)]
     o, lse = (torch.empty_like(t.view(2, rows, shape.heads // 2, *t.shape[2:])) for t in parts[0])
 
@@ -197,7 +197,7 @@ def reductions(side: Side, rows: int) -> Calls:
     """The sum of both ranks, added to the residual stream and normed."""
     hidden, eps = side.plan.model.arch.hidden_size, side.plan.model.arch.norm_eps
     x, residual = ([normal(side, rows, hidden) for _ in range(SETS)] for _ in range(2))
-    norm, group = Norm(normal(side, hidden), eps), side.comm.groups["ffn_tp"]
+    norm, group = Norm(normal(side, hidden), eps), side.comm.groups.get("ffn_tp")
 
     def nccl(i: int) -> None:
         dist.all_reduce(x[i], group=group)

@@ -1,4 +1,7 @@
-"""Two ranks of one generation instance, a process and a GPU each, with nothing of an engine but their Comm and Ops."""
+"""Two ranks of one generation instance, a process and a GPU each, with nothing of an engine but their Comm and Ops.
+
+On a machine of one GPU they share it, and their kernels wait for each other by time slices: no place to measure.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ from helixc.codegen.problem import KernelSpec
 from helixc.codegen.select import select
 from helixc.launch.host import free_port
 from helixc_runtime.attention_shape import attention_shape
+from helixc_runtime.ffn_cuda import ARGUMENTS as FFN_ARGUMENTS
 from helixc_runtime.manifest import Kernel, Plan
 from helixc_runtime.one_sided import OneSidedComm
 from helixc_runtime.ops_cuda import CudaOps
@@ -58,9 +62,10 @@ class Ending:
 
 
 def pair_plan(model: str, folder: Path, arch: str, rows: int) -> Plan:
-    """bare_plan, compiled in `folder`."""
+    """bare_plan, and what attention and the sends need compiled in `folder`: the kernels of the FFN are left out."""
     plan = bare_plan(model, rows)
-    return replace(plan, kernels=compiled(select(plan, (arch,)), folder))
+    specs = [spec for spec in select(plan, (arch,)) if spec.template not in FFN_ARGUMENTS]
+    return replace(plan, kernels=compiled(specs, folder))
 
 
 def bare_plan(model: str, rows: int) -> Plan:
@@ -79,6 +84,13 @@ def compiled(specs: Sequence[KernelSpec], folder: Path) -> tuple[Kernel, ...]:
         shutil.copytree(cubin.directory, folder / "kernels" / cubin.directory.name, dirs_exist_ok=True)
         kernels.append(cubin.kernel())
     return tuple(kernels)
+
+
+def ops_of(plan: Plan, index: int, folder: Path, device: torch.device) -> CudaOps:
+    """The Ops of one of the two, of an artifact in `folder`."""
+    rank = plan.ranks[index]
+    shape = attention_shape(plan.model, rank, plan.tokens_per_block)
+    return CudaOps(shape, plan.kernels, folder, device)
 
 
 def run_pair(
@@ -143,15 +155,16 @@ def _process(
     pipe: Connection,
 ) -> None:
     try:
-        device = torch.device("cuda", index)
+        gpus = torch.cuda.device_count()
+        device = torch.device("cuda", index % gpus)
         torch.cuda.set_device(device)
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=index, world_size=2)
-        group = dist.new_group([0, 1], backend="nccl")
+        group = dist.new_group([0, 1], backend="nccl" if gpus > 1 else "gloo")
         rank, kernels = plan.ranks[index], plan.kernels
         groups = {"cp": group, "ffn_tp": group}
         with torch.inference_mode():
             comm = OneSidedComm(rank, groups, plan.instances[0], kernels, folder, device, patience)
-            ops = CudaOps(attention_shape(plan.model, rank, plan.tokens_per_block), kernels, folder, device)
+            ops = ops_of(plan, index, folder, device)
             value = body(Side(index, plan, folder, comm, ops, device, seed), *arguments)
             torch.cuda.synchronize(device)
         pipe.send(("done", value))

@@ -36,6 +36,7 @@ def page(results: Path) -> str:
         "steps": steps,
         "exchange": exchange,
         "handoff": handoff,
+        "rank": rank,
         "decode": decode,
         "hop": hop,
         "ffn": ffn,
@@ -63,6 +64,7 @@ flash attention with LSE, on contiguous K and V instead of pages. Each table is 
 One layer's attention, partial and merge, pages of {BLOCK} tokens in random order, launches back to back in a CUDA
 graph; medians, peers interleaved. "Read" is a plain read of the same pages, its launches overlapped as ours are.
 Schedules are not in the times.
+{result.get("note", "")}
 """
     sections = [_section("Decode attention", text, (), [])]
     for title, wanted, part in (
@@ -110,6 +112,7 @@ def steps(result: dict[str, Any]) -> str:
 Repeat with `python bench/steps.py`. One launch for one layer in a CUDA graph, inputs rotated past the L2 where 256 sets
 of them suffice; medians, an empty kernel interleaved. The floor is the bytes that must move, at the
 {result["copy_bandwidth"]:g} TB/s that torch's copy reached in the same run; the share is floor / ours.
+{result.get("note", "")}
 """
     sections = [_section("Append and combine", text, (), [])]
     for op, title in (("append", "Append: norms, RoPE, the query, the cache's new tokens"), ("combine", "Combine")):
@@ -221,7 +224,7 @@ of torch's copy in the same run. Host is how much longer a step takes than the G
         head = ("batch x tokens", "TTL, us", "of its floor", "host, us", "tp2 TTL, us", "tp2 / cp2")
         rows = [
             (
-                f"{row['batch']}x{row['tokens'] // 1024}k",
+                _case(row),
                 f"{row['ttl_us']:.0f}",
                 f"{row['floor_share']:.0%}",
                 f"{row['host_us']:.0f}",
@@ -241,6 +244,49 @@ of torch's copy in the same run. Host is how much longer a step takes than the G
     return "\n".join(sections)
 
 
+def rank(result: dict[str, Any]) -> str:
+    """One rank of a decode step alone."""
+    text = f"""Machine: one of {_machine(result)}.
+Repeat with `python bench/rank.py`. **One rank alone, its peers looped back:** what rank 0 sends lands in its own
+memory, where the other rank's message is awaited. All kernels of the step are real, in the engine's own loop and in the
+graph it replays; nothing crosses NVLink, nobody is waited for, and the values are not the model's. Weights, KV and
+floor are as in the next section; the floor is at the speed of a copy, and reading alone can be faster. TTL is an
+estimate: the rank's step and, for each exchange and each sum of it, what the same kernel takes longer between two GPUs
+(bench/exchange.py, another day) than looped back, at the message's size. That the other rank may be slower is not in
+it. Shares, ratios and goals are of the estimates; what counts is the next section, once it has been measured anew.
+{result.get("note", "")}
+"""
+    sections = [_section("One rank of a decode step", text, (), [])]
+    for model in dict.fromkeys(row["model"] for row in result["rows"]):
+        chosen = [row for row in result["rows"] if row["model"] == model]
+        against = any(row["vllm_us"] for row in chosen)
+        head = ("batch x tokens", "rank, us", "TTL, us", "of its floor", "host, us", "tp2 rank, us", "tp2 / cp2")
+        rows = [
+            (
+                _case(row),
+                f"{row['rank_us']:.0f}",
+                f"{row['estimate_us']:.0f}",
+                f"{row['floor_share']:.0%}",
+                str(round(row["host_us"])),
+                f"{row['tp2_rank_us']:.0f}" if row["tp2_rank_us"] else "does not fit",
+                f"{row['ratio']:.2f}" if row["ratio"] else "-",
+                *([f"{row['vllm_us']}", f"{row['vllm_us'] / row['estimate_us']:.2f}"] if against else []),
+            )
+            for row in chosen
+        ]
+        if against:
+            head = (*head, "vLLM, us", "vLLM / cp2")
+        note = VLLM if against else ""
+        flaws = "; ".join(f"{_case(row)}: {', '.join(row['missed'])}" for row in chosen if row["missed"])
+        note += f"Goals that the estimates miss: {flaws or 'none'}.\n"
+        sections.append(_section(f"{model}, {chosen[0]['layers']} layers, a rank alone", note, head, rows, level=3))
+    return "\n".join(sections)
+
+
+def _case(row: dict[str, Any]) -> str:
+    return f"{row['batch']}x{row['tokens'] // 1024}k"
+
+
 def hop(result: dict[str, Any]) -> str:
     """Decode steps with their rows in groups, against one group."""
     text = f"""Machine: two of {_machine(result)}.
@@ -254,7 +300,7 @@ estimate says of it that chooses the groups.
         rows = [
             (
                 f"{row['transport'].replace('_', '-')}, {row['space']}s",
-                f"{row['batch']}x{row['tokens'] // 1024}k",
+                _case(row),
                 str(row["groups"]),
                 f"{row['step_us']:.0f}",
                 *(f"{row[key]:.1f}" if row["groups"] > 1 else "-" for key in ("saved_us", "estimated_us")),

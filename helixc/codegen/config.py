@@ -176,7 +176,7 @@ def _mla_fp8_partial(spec: KernelSpec) -> KernelConfig:
 
 
 def _gqa_partial(spec: KernelSpec) -> KernelConfig:
-    """Four warps that compute and one that copies; 128 KiB of K and V in flight."""
+    """Four warps that compute for each eight queries, and one that copies; 128 KiB of K and V."""
     params = dict(spec.params)
     dim, tile = int(params["head_dim"]), _gqa_tile(spec)
     queries = int(params["share_heads"]) * int(params["share_tokens"])
@@ -184,11 +184,18 @@ def _gqa_partial(spec: KernelSpec) -> KernelConfig:
     columns, token_bytes = 8 if queries <= 8 else 16, dim if fp8 else 2 * dim
     stages = 512 // dim
     stage = 2 * tile * token_bytes + 16 + (2 * tile if fp8 else 0)
-    used = stages * stage + 2 * 4 * columns * 4 + 64 + 3072 + 16  # GqaShared, gqa_tile.cuh
+    computing = 16 * columns  # threads: MergeShared has 24 bytes for each
+    used = stages * stage + 2 * 4 * columns * 4 + 64 + 24 * computing + 16  # GqaShared, gqa_tile.cuh
     shared = -(-used // 1024) * 1024
     cluster = 2 if int(params["shares"]) % 2 == 0 else 1
     return KernelConfig(
-        spec, 160, token_tile=tile, stages=stages, cluster=cluster, overlap="old_tokens", dynamic_shared=shared
+        spec,
+        computing + 32,
+        token_tile=tile,
+        stages=stages,
+        cluster=cluster,
+        overlap="old_tokens",
+        dynamic_shared=shared,
     )
 
 

@@ -87,7 +87,7 @@ def _specs(model: Model, shape: AttentionShape, own_ffn: FfnShape, traits: _Trai
         yield (merge_exchange if merges_as_it_sends(shape, arch) else exchange)(shape, traits.cp, arch)
     for members in (1, traits.ffn_tp) if traits.one_sided_reduction else (1,):
         yield reduce(members, model.arch.hidden_size, model.arch.norm_eps, model.dtype, arch)
-    if traits.one_sided_reduction:
+    if traits.one_sided_reduction or traits.ffn_tp == 1:
         yield argmax(traits.ffn_tp, model.dtype, arch)
     if mla := model.arch.mla:
         yield from absorb(shape, mla.qk_nope_head_dim, traits.rows * shape.query_tokens, arch)

@@ -11,7 +11,7 @@ from helixc.plan.mapping import Mapping
 from helixc.plan.parameters import parameters
 from helixc.plan.shards import elements, expert_range, head_ranges, pieces
 from helixc.plan.transfers import transfers
-from helixc_runtime.attention_shape import MAX_PROCESSORS, MAX_SPLITS
+from helixc_runtime.attention_shape import MAX_PROCESSORS, MAX_SPLITS, PIECE_COLUMNS
 from helixc_runtime.manifest import DTYPE_BYTES, SCHEMA, Handoff, Instance, Kernel, Memory, Model, Piece, Plan, Rank
 from helixc_runtime.switches import read_switches
 
@@ -144,7 +144,8 @@ def _workspace(model: Model, layout: Layout, heads: int) -> int:
     exchanged = model.arch.exchanged_dim(layout.exchange_space)
     # The portable kernels' partials of every row, or Hopper's: two a multiprocessor and group, whatever the rows.
     splits = max(MAX_SPLITS * rows, layout.hop.groups * 2 * MAX_PROCESSORS * heads) * (width + 1) * 4
-    exchange = 2 * rows * (exchanged * size + 4)
+    # Kernels that merge as they send give every piece of a head an LSE.
+    exchange = 2 * rows * (exchanged * size + 4 * max(1, exchanged // PIECE_COLUMNS))
     kept = rows * width * size if exchanged != width else 0
     inboxes = 2 * layout.mapping.ffn_tp * _one_shot_rows(model, layout) * model.arch.hidden_size
     return splits + exchange + kept + inboxes * size

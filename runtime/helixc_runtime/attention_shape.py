@@ -8,6 +8,7 @@ from helixc_runtime.manifest import Dtype, KvDtype, Model, Range, Rank, Space, s
 
 LATENT_NORM_EPS = 1e-6  # of q_a and kv_a norms: fixed in the published models, whatever rms_norm_eps says
 MAX_SPLITS = 64  # split-KV partials of one row, of the portable kernels
+PIECE_COLUMNS = 64  # of a head that an exchange which merges splits sends apart: kPieceColumns of merge_exchange.cuh
 MAX_PROCESSORS = 148  # multiprocessors of the largest GPU: Hopper's kernels cut no row into more
 
 

@@ -73,6 +73,10 @@ class CheckedOps:
         """See Ops.add_norm. Not checked: rows of padding may hold anything, and what comes of the others is used."""
         return self._ops.add_norm(x, residual, bias, norm)
 
+    def argmax(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """See Ops.argmax. Not checked: as add_norm."""
+        return self._ops.argmax(x, out)
+
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """See Ops.linear. Not checked: as add_norm."""
         return self._ops.linear(x, weight)

@@ -56,10 +56,11 @@ class Comm(Protocol):
         """Ops.add_norm of the sum of `x` [B, hidden] over the ffn_tp group. `ops`, `what`: as for exchange."""
         ...
 
-    def argmax(self, x: Tensor, first: int, what: str) -> Tensor:
+    def argmax(self, x: Tensor, first: int, ops: Ops, what: str, out: Tensor | None = None) -> Tensor:
         """[N] int64: of each row, which column of the ffn_tp group's is the largest; of equal ones the first.
 
-        x [N, V] are this rank's columns, from column `first` of all. `what`: as for exchange.
+        x [N, V] are this rank's columns, from column `first` of all. `ops`, `what`: as for exchange. `out` is filled
+        and returned, if given.
         """
         ...
 
@@ -98,7 +99,6 @@ def connect(plan: Plan, rank: Rank, device: torch.device, timeout: timedelta) ->
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, world, is_master=rank.rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank.rank, world_size=world, timeout=timeout)
-    backend = "nccl" if device.type == "cuda" else "gloo"
     made: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
 
     def group(backend: str, ranks: tuple[int, ...]) -> dist.ProcessGroup:
@@ -109,11 +109,17 @@ def connect(plan: Plan, rank: Rank, device: torch.device, timeout: timedelta) ->
 
     control = group("gloo", plan.instance_of(rank).ranks)
     compute = {
-        field.name: group(backend, getattr(rank.groups, field.name))
+        field.name: group(backend_for(plan, ranks, device), ranks)
         for field in fields(Groups)
-        if len(getattr(rank.groups, field.name)) > 1
+        if len(ranks := getattr(rank.groups, field.name)) > 1
     }
     return Connection(compute, control, store)
+
+
+def backend_for(plan: Plan, ranks: tuple[int, ...], device: torch.device) -> Literal["gloo", "nccl"]:
+    """What moves the tensors of `device` in a group: NCCL refuses ranks that share a GPU, as tests let them."""
+    gpus = {(plan.ranks[rank].node, plan.ranks[rank].device) for rank in ranks}
+    return "nccl" if device.type == "cuda" and len(gpus) == len(ranks) else "gloo"
 
 
 class TorchComm:
@@ -152,26 +158,27 @@ class TorchComm:
     ) -> tuple[Tensor, Tensor]:
         return ops.add_norm(self.all_reduce(x, "ffn_tp"), residual, bias, norm)
 
-    def argmax(self, x: Tensor, first: int, what: str) -> Tensor:
+    def argmax(self, x: Tensor, first: int, ops: Ops, what: str, out: Tensor | None = None) -> Tensor:
         if "ffn_tp" not in self.groups:
-            return x.argmax(-1)
+            return ops.argmax(x, out)
         largest, at = x.max(dim=-1)
         gathered = self.all_gather(torch.stack((largest.double(), (at + first).double())), "ffn_tp")  # [n, 2, N]
         owner = gathered[:, 0].argmax(0, keepdim=True)
-        return gathered[:, 1].gather(0, owner).squeeze(0).long()
+        found = gathered[:, 1].gather(0, owner).squeeze(0).long()
+        return found if out is None else out.copy_(found)
 
     def all_to_all(self, partial: Partial) -> Partial:
         """Over the cp group: [B, H, P] of all heads -> [C, B, H / C, P], each rank's partial of my heads."""
         cp = len(self.rank.groups.cp)
         rows, heads, width = partial.o.shape
+        if cp == 1:
+            return Partial(*(t.unsqueeze(0).contiguous() for t in partial))
         # O and LSE of one destination travel together, as bytes: one all-to-all a layer.
         o = _by_destination(partial.o.view(rows, cp, heads // cp, width))
         lse = _by_destination(partial.lse.view(rows, cp, heads // cp))
         sent = torch.cat([o.view(torch.uint8), lse.view(torch.uint8)], dim=1)
-        received = sent
-        if cp > 1:
-            received = torch.empty_like(sent)
-            dist.all_to_all_single(received, sent, group=self.groups["cp"])
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.groups["cp"])
         split = o.shape[1] * o.element_size()
         o_all = received[:, :split].contiguous().view(o.dtype).view(cp, rows, heads // cp, width)
         lse_all = received[:, split:].contiguous().view(torch.float32).view(cp, rows, heads // cp)

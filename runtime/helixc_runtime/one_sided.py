@@ -12,17 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from helixc_runtime.attend_cuda import address
+from helixc_runtime.attention_shape import PIECE_COLUMNS
 from helixc_runtime.comm import GroupName, PeerTimeout, TorchComm
 from helixc_runtime.cubin import check_arch
 from helixc_runtime.manifest import DTYPE_BYTES, Instance, Kernel, Rank
 from helixc_runtime.ops import Norm, Ops, Partial, SplitPartial
 from helixc_runtime.ops_cuda import EXCHANGES, load_kernel
 from helixc_runtime.peer_memory import open_inboxes
-from helixc_runtime.shape_checks import check_add_norm, expect_shape
+from helixc_runtime.shape_checks import check_add_norm, expect_shape, indices_of
 
 _WARP = 32
-_PIECE_COLUMNS = 64  # kPieceColumns of merge_exchange.cuh
-_PROCESSORS = 132  # of an H100 or H200
 
 
 class OneSidedComm(TorchComm):
@@ -63,6 +62,10 @@ class OneSidedComm(TorchComm):
             self._argmax = _Messages(self, kernel, "ffn_tp", instance.max_batch_size, artifact_dir)
         self._kinds = [kind for kind in (self._exchange, self._reduce, self._argmax) if kind]
         self._progress = [kind.progress[i : i + 1] for kind in self._kinds for i in range(2)]
+
+    def open_inboxes(self, message: int, group: GroupName, members: int, index: int) -> Tensor:
+        """peer_memory.open_inboxes of inboxes of [2 halves][members] messages of so many bytes."""
+        return open_inboxes(2 * members * message, group, members, index, self, self._device)
 
     def begin_step(self) -> None:
         for kind in self._kinds:
@@ -129,13 +132,13 @@ class OneSidedComm(TorchComm):
         kind.launch(len(x), (out, normed, x, residual, bias, weight), (kind.rows,), self._call("ffn_tp", what))
         return out, normed
 
-    def argmax(self, x: Tensor, first: int, what: str) -> Tensor:
+    def argmax(self, x: Tensor, first: int, ops: Ops, what: str, out: Tensor | None = None) -> Tensor:
         kind = self._argmax
         if kind is None:
-            return super().argmax(x, first, what)
+            return super().argmax(x, first, ops, what, out)
         rows, columns = x.shape
         kind.expect(rows, x=x)
-        out = torch.empty(rows, dtype=torch.int64, device=x.device)
+        out = indices_of(x, out)
         kind.launch(rows, (out, x), (columns, first, kind.rows), self._call("ffn_tp", what))
         return out
 
@@ -167,8 +170,7 @@ class _Messages:
         self._early = load_kernel(kernel, artifact_dir, self._device)
         self._in_order = load_kernel(kernel, artifact_dir, self._device, early=False) if in_order else self._early
         self.progress = torch.zeros(2, dtype=torch.int32, device=self._device)  # Progress of inbox.cuh
-        size = inbox_bytes(kernel, rows)
-        self._inboxes = open_inboxes(size, group, self.members, self._index, comm, self._device)
+        self._inboxes = comm.open_inboxes(message_bytes(kernel, rows), group, self.members, self._index)
 
     def mergers(self, splits: SplitPartial | None, rows: int) -> int:
         """Thread blocks for the splits of so many rows: what the GPU holds at once, if there is a piece for each."""
@@ -177,7 +179,8 @@ class _Messages:
         params = self.kernel.params
         heads, width = int(params["out_heads"]) * self.members, int(params["partial_dim"])
         expect_shape("the splits' o", splits.o, (len(splits.lse), heads * int(params["row_tokens"]), width))
-        return min(_PROCESSORS * int(params["blocks"]), rows * heads * pieces_of(self.kernel))
+        processors = torch.cuda.get_device_properties(self._device).multi_processor_count
+        return min(processors * int(params["blocks"]), rows * heads * pieces_of(self.kernel))
 
     def launch(
         self, blocks: int, tensors: Sequence[Tensor | None], sizes: tuple[int, ...], call: int, *, early: bool = True
@@ -204,20 +207,20 @@ class _Messages:
                 raise ValueError(f"{name} is not contiguous, or does not start at a multiple of 16 bytes")
 
 
-def inbox_bytes(kernel: Kernel, rows: int) -> int:
-    """What one GPU's inbox takes, for messages of at most `rows` rows: see exchange.cuh, reduce.cuh, argmax.cuh."""
+def message_bytes(kernel: Kernel, rows: int) -> int:
+    """What a message of at most `rows` rows takes of an inbox: see exchange.cuh, reduce.cuh, argmax.cuh."""
     params, size = kernel.params, DTYPE_BYTES[str(kernel.params["dtype"])]
     if kernel.template in EXCHANGES:
-        head = int(params["partial_dim"]) * size + 4 * pieces_of(kernel)
-        return 2 * int(params["cp"]) * rows * int(params["out_heads"]) * head
+        heads = rows * int(params["out_heads"])
+        return heads * int(params["partial_dim"]) * size + -(-heads * pieces_of(kernel) * 4 // 16) * 16
     if kernel.template == "argmax":
-        return 2 * int(params["members"]) * rows * 2 * 4
-    return 2 * int(params["members"]) * rows * int(params["hidden"]) * size
+        return rows * 2 * 4
+    return rows * int(params["hidden"]) * size
 
 
 def pieces_of(kernel: Kernel) -> int:
     """Pieces of a head that may be sent apart, each with its LSE."""
-    return int(kernel.params["partial_dim"]) // _PIECE_COLUMNS if kernel.template == "merge_exchange" else 1
+    return int(kernel.params["partial_dim"]) // PIECE_COLUMNS if kernel.template == "merge_exchange" else 1
 
 
 def _find(kernels: Sequence[Kernel], *templates: str, **params: int) -> Kernel:

@@ -220,6 +220,13 @@ class Ops(Protocol):
         """
         ...
 
+    def argmax(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """[N] int64: of each row of x [N, V], the first of its largest columns; NaN is larger than any number.
+
+        `out` [N] is filled and returned, if given.
+        """
+        ...
+
     def add_norm(
         self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None
     ) -> tuple[Tensor, Tensor]:

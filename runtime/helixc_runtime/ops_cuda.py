@@ -30,7 +30,14 @@ from helixc_runtime.ops import (
     Projections,
     SplitPartial,
 )
-from helixc_runtime.shape_checks import check_add_norm, check_append, check_attend, check_combine, expect_shape
+from helixc_runtime.shape_checks import (
+    check_add_norm,
+    check_append,
+    check_attend,
+    check_combine,
+    expect_shape,
+    indices_of,
+)
 from helixc_runtime.switches import read_switches
 from helixc_runtime.watched_kernel import WatchedKernel
 
@@ -54,8 +61,7 @@ ARGUMENTS = {
 EXCHANGES = ("exchange", "merge_exchange")
 # Of these, absorb reads weights before it waits, merge_exchange the schedule; the others wait first.
 _EARLY = EARLY | FFN_EARLY | {*EXCHANGES, "reduce", "argmax", "embed", "absorb"}
-_BETWEEN = (*EXCHANGES, "argmax")  # GPUs only: of one_sided.py
-_NO_GROUP = (0,) * 8  # a reduction of one rank's summand: its group's arguments
+_NO_GROUP = (0,) * 7  # what one rank's reduction and argmax have for the arguments that are a group's
 
 
 class CudaOps:
@@ -87,8 +93,8 @@ class CudaOps:
         self.device = device
         of_ffn = [kernel for kernel in chosen if kernel.template in FFN_ARGUMENTS]
         chosen = [kernel for kernel in chosen if kernel.template not in FFN_ARGUMENTS]
-        chosen = [
-            kernel for kernel in chosen if kernel.template not in _BETWEEN and kernel.params.get("members", 1) == 1
+        chosen = [  # the others are one_sided.py's
+            kernel for kernel in chosen if kernel.template not in EXCHANGES and kernel.params.get("members", 1) == 1
         ]
         several = ("combine", "reduce", "absorb")  # kernels of one template
         self._kernels = {kernel.template: kernel for kernel in chosen if kernel.template not in several}
@@ -273,8 +279,22 @@ class CudaOps:
         normed = torch.empty_like(x) if norm else out
         pointers = (out, normed, x, residual, bias, weight)
         if len(x):
-            self._loaded[kernel.name].launch((len(x), 1, 1), *map(address, pointers), *_NO_GROUP)
+            self._loaded[kernel.name].launch((len(x), 1, 1), *map(address, pointers), *_NO_GROUP, len(x))
         return out, normed
+
+    def argmax(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """See Ops.argmax. Raises ValueError on a wrong shape, dtype, device or memory layout."""
+        kernel = self._kernels.get("argmax")
+        if kernel is None:
+            raise ValueError("the rank has no kernel that finds the largest logit")
+        expect_shape("x", x, (None, None))
+        out = indices_of(x, out)
+        self._expect(self.shape.dtype, x=x)
+        self._expect("int64", out=out)
+        rows, columns = x.shape
+        if rows:
+            self._loaded[kernel.name].launch((rows, 1, 1), *map(address, (out, x)), *_NO_GROUP, columns, 0, rows)
+        return out
 
     def _empty_partial(self, rows: int, heads: int, width: int) -> Partial:
         dtype: torch.dtype = getattr(torch, self.shape.dtype)

@@ -120,6 +120,10 @@ class TorchOps:
         check_mixture(self.ffn, x, weights)
         return mix(self.ffn.moe, self.ffn.experts, weights, x)
 
+    def argmax(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """See Ops.argmax."""
+        return torch.argmax(x, -1, out=out)
+
     def add_norm(
         self, x: Tensor, residual: Tensor | None, bias: Tensor | None, norm: Norm | None
     ) -> tuple[Tensor, Tensor]:

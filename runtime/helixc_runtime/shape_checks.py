@@ -146,3 +146,13 @@ def check_mixture(shape: FfnShape, x: Tensor, weights: Mixture) -> None:
     if weights.shared is not None:
         check_mlp(x, weights.shared)
         expect_shape("shared.gate", weights.shared.gate, (shape.shared_columns, hidden))
+
+
+def indices_of(x: Tensor, out: Tensor | None) -> Tensor:
+    """`out`, or new memory for it: an index for each row of `x`. Raises ValueError if it is not [len(x)] int64."""
+    if out is None:
+        return torch.empty(len(x), dtype=torch.int64, device=x.device)
+    expect_shape("out", out, (len(x),))
+    if out.dtype != torch.int64 or not out.is_contiguous():
+        raise ValueError(f"out is {out.dtype}, strides {out.stride()}, expected contiguous torch.int64")
+    return out

@@ -46,8 +46,9 @@ class _Field(IntEnum):
     token = 1
     attends = 2
     seed = 3
-    temperature = 4
-    top_p = 5
+    in_use = 4  # 1; 0: the row is padding
+    temperature = 5
+    top_p = 6
 
 
 _FED = -1  # in place of a token: it stays the one on the device
@@ -55,7 +56,7 @@ _FED = -1  # in place of a token: it stays the one on the device
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Of the last stage, by slot; on the device, and overwritten by the next step."""
+    """Of the last stage, by slot; on the device, and overwritten by the next step, or when its rows are assigned."""
 
     tokens: Tensor  # [size] int64
     logits: Tensor | None  # [size, vocab] float32; None where nothing but their largest is wanted
@@ -186,7 +187,7 @@ class DecodeStep:
         integers, numbers = given.tensor.numpy(), given.tensor.view(torch.float64).numpy()
         for row in rows:
             token = _FED if row.token is None else row.token
-            integers[: _Field.temperature, row.slot] = row.position, token, row.attends, row.seed
+            integers[: _Field.temperature, row.slot] = row.position, token, row.attends, row.seed, 1
             numbers[_Field.temperature :, row.slot] = row.temperature, row.top_p
         sent = given.tensor.to(self.decoder.device, non_blocking=True)
         given.enqueued()
@@ -203,16 +204,20 @@ class DecodeStep:
         result = self._chosen(hidden, control, draws) if self.decoder.is_last else None
         self.decoder.comm.end_step()
         if result and self.feeds_itself:
-            control[_Field.token].copy_(result.tokens)
-            position.add_(position >= 0)
+            position.add_(control[_Field.in_use])
         return result
 
     def _chosen(self, hidden: Tensor, control: Tensor, draws: bool) -> StepResult:
-        """The next tokens. Without a row to draw for, all that the ranks tell each other is their largest logits."""
+        """The next tokens, where the next step finds them if this one `feeds_itself`.
+
+        Without a row to draw for, all that the ranks tell each other is their largest logits.
+        """
+        tokens = control[_Field.token] if self.feeds_itself else None
         if not draws and not self.keep_logits:
-            return StepResult(self.decoder.greedy(hidden, self.ops.linear), None)
+            return StepResult(self.decoder.greedy(hidden, self.ops, tokens), None)
         logits = self.decoder.head(hidden, self.ops.linear)
-        return StepResult(self._drawn(logits, control) if draws else logits.argmax(-1), logits)
+        chosen = self._drawn(logits, control) if draws else logits.argmax(-1)
+        return StepResult(chosen if tokens is None else tokens.copy_(chosen), logits)
 
     def _drawn(self, logits: Tensor, control: Tensor) -> Tensor:
         """What each row's request draws, [size] int64."""

@@ -19,6 +19,7 @@ from helixc.launch.failures import LaunchFailure
 from helixc.launch.launch_plan import Process, runtime_pythonpath
 from helixc.launch.supervise import supervise
 from helixc_runtime.events import Event
+from tests.launch_faults import running
 
 # A worker in the real shell; argv: the folder for its pid, then what to do.
 WORKER = """
@@ -118,15 +119,6 @@ def pids(folder: Path) -> dict[str, int]:
     return {path.name: int(path.read_text()) for path in folder.glob("pid*") if path.read_text()}
 
 
-def alive(pid: int) -> bool:
-    """Whether `pid` runs; a zombie waiting for its parent does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
-
-
 def wait_until(condition: object, seconds: float) -> None:
     assert callable(condition)
     until = time.monotonic() + seconds
@@ -138,7 +130,7 @@ def wait_until(condition: object, seconds: float) -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
-    left = {name: pid for name, pid in pids(tmp_path).items() if alive(pid)}
+    left = {name: pid for name, pid in pids(tmp_path).items() if running(pid)}
     for pid in left.values():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -216,7 +208,7 @@ def test_a_stubborn_rank_and_its_child_are_killed(folder: Path) -> None:
     with pytest.raises(LaunchFailure, match=r"rank 1 .* after the child"):
         run(folder, ["stubborn", "raise_after_child"])
     assert "pid0child" in pids(folder)
-    wait_until(lambda: not any(map(alive, pids(folder).values())), 3)
+    wait_until(lambda: not any(map(running, pids(folder).values())), 3)
     assert time.monotonic() - begin < 15
 
 
@@ -260,7 +252,7 @@ def test_a_stop_signal_ends_every_process(folder: Path, number: signal.Signals, 
         output, _ = launcher.communicate(timeout=10)
     assert output == f"interrupted by {name}\n"
     assert launcher.returncode == 128 + number
-    assert not any(map(alive, pids(folder).values()))
+    assert not any(map(running, pids(folder).values()))
 
 
 def test_workers_do_not_outlive_a_killed_launcher(folder: Path) -> None:
@@ -268,4 +260,4 @@ def test_workers_do_not_outlive_a_killed_launcher(folder: Path) -> None:
         (folder / "go").touch()
         launcher.kill()
         launcher.wait(timeout=5)
-        wait_until(lambda: not any(map(alive, pids(folder).values())), 3)
+        wait_until(lambda: not any(map(running, pids(folder).values())), 3)

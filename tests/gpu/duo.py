@@ -7,19 +7,15 @@ for each other, so their kernels run side by side, and all thread blocks that wa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench.pair import bare_plan, compiled
-from helixc.codegen.select import select
 from helixc_runtime import one_sided
 from helixc_runtime.attention_shape import attention_shape
 from helixc_runtime.comm import Comm, GroupName
-from helixc_runtime.ffn_cuda import ARGUMENTS as FFN_ARGUMENTS
 from helixc_runtime.manifest import Plan
 from helixc_runtime.one_sided import OneSidedComm
 from helixc_runtime.ops_cuda import CudaOps
@@ -76,10 +72,3 @@ class Duo:
     def at_rest(self) -> bool:
         """Nothing lies unread."""
         return all(bool((inbox == NOTHING - (1 << 32)).all()) for pair in self.inboxes.values() for inbox in pair)
-
-
-def duo_plan(model: str, folder: Path) -> Plan:
-    """Two ranks with nothing but what attention and the sends need: the kernels of the FFN are left out."""
-    plan = bare_plan(model, ROWS)
-    specs = [spec for spec in select(plan, ("sm_90a",)) if spec.template not in FFN_ARGUMENTS]
-    return replace(plan, kernels=compiled(specs, folder))

@@ -57,7 +57,7 @@ class Step:
             first = comm.reduce(self.x[layer, 0], self.residual, None, self.norm, ops, f"layer {layer} o_proj")
             second = comm.reduce(self.x[layer, 1], None, self.norm.weight, None, ops, f"layer {layer} FFN")
             self.outputs += [merged, *first, second[0]]
-        self.outputs.append(comm.argmax(self.logits, self.side.index * LOGITS, "tokens"))
+        self.outputs.append(comm.argmax(self.logits, self.side.index * LOGITS, ops, "tokens"))
         comm.end_step()
 
     def partial(self, layer: int) -> SplitPartial:

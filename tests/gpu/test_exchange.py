@@ -1,4 +1,4 @@
-"""The one-sided exchange and reduction between two GPUs, a process each."""
+"""The one-sided exchange and reduction between two processes, on two GPUs where there are two."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.pair import pair_plan, run_pair, values
 from helixc_runtime.manifest import Plan
 from tests.gpu.exchange_bodies import eager_equals_captured, random_steps, with_a_fault
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 ROWS, PATIENCE_S = 64, 1.5
 
@@ -23,8 +23,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path]:
 
 
 def test_random_steps(compiled: tuple[Plan, Path], seed: int) -> None:
-    """Thousands of exchanges of flipping sizes through graph replays, with delays, against float64."""
-    errors = values(run_pair(random_steps, *compiled, [1, 5, 16, ROWS], 700, seed=seed))
+    """Exchanges of flipping sizes through graph replays, with delays, against float64."""
+    steps = 700 if torch.cuda.device_count() > 1 else 50  # which wait for each other by time slices
+    errors = values(run_pair(random_steps, *compiled, [1, 5, 16, ROWS], steps, seed=seed))
     print(errors)
     assert max(errors) <= 5e-3
 

@@ -51,7 +51,7 @@ def test_launches_on_one_gpu(model: str, tmp_path: Path, seed: int, monkeypatch:
     for way in ("peer", "host"):
         monkeypatch.setenv("HELIXC_HOST_HANDOFF", str(int(way == "host")))
         artifact = compiled(tmp_path / f"{way}_artifact", model, 3, "float32", role(), role(block=32), gpus=1)
-        found[way] = launch(artifact, [1, 5, 40, 300], 24, tmp_path / way, seed)
+        found[way] = launch(artifact, [1, 5, 40, 300], 24, tmp_path / way, seed, "--verify")
         assert found[way]["verify"]["first_difference"] is None
     peer, host = (found[way]["metrics"] for way in ("peer", "host"))
     assert peer["handoff_peer_bytes"] == peer["handoff_bytes"] == host["handoff_bytes"] > 0

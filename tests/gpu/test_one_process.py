@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.pair import pair_plan
 from helixc_runtime.manifest import Plan
 from helixc_runtime.one_sided import OneSidedComm
 from helixc_runtime.ops import Norm, Partial, SplitPartial
 from helixc_runtime.ops_cuda import CudaOps
 from helixc_runtime.ops_torch import TorchOps
-from tests.gpu.duo import ROWS, Duo, duo_plan
+from tests.gpu.duo import ROWS, Duo
 from tests.gpu.exchange_cases import BOUND, Part, check_results, random_part
 from tests.gpu.kernel_cases import check_partial, random_case, relative_error, to_double
 
@@ -32,7 +33,7 @@ LAYERS = 3  # an odd number: the halves of the inboxes change places from step t
 @pytest.fixture(scope="module", params=["deepseek-v3-lite", "deepseek-v3", "llama-3.1-8b"])
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path]:
     folder = tmp_path_factory.mktemp("artifact")
-    return duo_plan(request.param, folder), folder
+    return pair_plan(request.param, folder, "sm_90a", ROWS), folder
 
 
 @pytest.fixture

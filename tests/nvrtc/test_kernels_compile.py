@@ -121,7 +121,7 @@ def _specs() -> tuple[KernelSpec, ...]:
             merge_exchange(mla(32, 64, query_tokens=3), 2, arch),
             *(reduce(n, 7168, 1e-6, "bfloat16", arch) for n in (1, 2, 8)),
             reduce(2, 2048, 1e-5, "float16", arch),
-            *(argmax(n, dtype, arch) for n in (2, 64) for dtype in ("bfloat16", "float32")),
+            *(argmax(n, dtype, arch) for n in (1, 2, 64) for dtype in ("bfloat16", "float32")),
             *absorb(mla(16, 64), 128, 16, arch),
             *absorb(mla(128, 32, kv_dtype="float8_e4m3fn"), 192, 16, arch),
             embed(7168, "bfloat16", arch),

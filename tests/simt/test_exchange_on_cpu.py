@@ -88,7 +88,7 @@ class Exchange(Gpus):
     def __init__(self, shape: AttentionShape, cp: int, folder: Path, root: Path | None = None) -> None:
         self.shape, self.dtype = shape, getattr(torch, shape.dtype)
         units = MAX_ROWS * shape.heads // cp
-        words = 2 * cp * units * (shape.partial_dim * self.dtype.itemsize // 4 + 1)
+        words = 2 * cp * (units * shape.partial_dim * self.dtype.itemsize // 4 + -(-units // 4) * 4)
         super().__init__(exchange(shape, cp, "sm_100a"), cp, words, folder, root)
 
     def __call__(self, rank: int, index: int, part: Partial) -> Tensor:
@@ -107,7 +107,7 @@ def random_partials(shape: AttentionShape, cp: int, rows: int, generator: torch.
         o = torch.randn(rows, shape.heads, shape.partial_dim, generator=generator)
         o[torch.rand(o.shape, generator=generator) < 0.2] = -0.0
         lse = torch.randn(rows, shape.heads, generator=generator) * 4
-        lse[torch.rand(lse.shape, generator=generator) < 0.1] = -0.0
+        lse[torch.rand(lse.shape, generator=generator) < 0.4] = -0.0
         empty = torch.rand(rows, generator=generator) < 0.3
         empty[-1] |= rows > 1
         o[empty], lse[empty] = torch.nan, -torch.inf

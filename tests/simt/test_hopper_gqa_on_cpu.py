@@ -108,20 +108,20 @@ def test_nan_of_a_token_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
 BUGS = [
     Bug("gqa_fp8_state", "k_scale[i] = scale_to_float(at[0])", "k_scale[i] = 1.0f"),
     Bug("gqa_fp8_state", "v_scale[i] = float(at[C::tile])", "v_scale[i] = float(at[0])"),
-    Bug("gqa_fp8_state", "bounds.admit(n, j, lane / 4 + i * 8, valid)", "lane / 4 + i * 8 < valid"),
+    Bug("gqa_fp8_state", "bounds.admit(j, lane / 4 + i * 8, valid)", "lane / 4 + i * 8 < valid"),
     Bug("gqa_fp8_state", "min(14 + 254 - ", "min(30 + 254 - "),
     Bug("gqa_fp8_state", "inverse, (lane % 4 * 2 + i) * 4)", "inverse, lane % 4 * 2 + i)"),
     Bug("gqa_fp8_state", "swap_middle_bytes(values[half][step / 2].x[step % 2 * 2]);", "values[half][step / 2].x[0];"),
-    Bug("gqa_fp8_state", "o[step][n][i] *= rescale[i % 2]", "o[step][n][i] *= 1.0f"),
-    Bug("gqa_fp8_state", "sum[n][j] *= exp2_approximate(lane_largest[n][j] - of_lane);", ""),
-    Bug("gqa_fp8_state", "total *= exp2_approximate(lane_largest[n][i] - most);", ""),
-    Bug("gqa_fp8_state", "lane_largest[n][i] = kLowest", "lane_largest[n][i] = minus_infinity()"),
+    Bug("gqa_fp8_state", "o[step][i] *= rescale[i % 2]", "o[step][i] *= 1.0f"),
+    Bug("gqa_fp8_state", "sum[j] *= exp2_approximate(lane_largest[j] - of_lane);", ""),
+    Bug("gqa_fp8_state", "total *= exp2_approximate(lane_largest[i] - most);", ""),
+    Bug("gqa_fp8_state", "lane_largest[i] = kLowest", "lane_largest[i] = minus_infinity()"),
     Bug("gqa_fp8_state", "(token / Tile::line_tokens % 8)", "0"),
-    Bug("gqa_partial", "if (valid < Tile::warp_tokens) State::clear_values", "if (false) State::clear_values"),
+    Bug("gqa_partial", "if (valid < Tile::slice_tokens) State::clear_values", "if (false) State::clear_values"),
     Bug("gqa_partial", "(C::fp8 ? Tile::page_rows : 0)", "0"),
     Bug("gqa_partial", "args.k_scale + from", "args.v_scale + from"),
     Bug("gqa_partial", "to + C::tile, args.v_scale", "to, args.v_scale"),
-    Bug("gqa_tile", "behind[n][i] = length - args.lengths[row * C::query_tokens + token]", "behind[n][i] = 0"),
+    Bug("gqa_tile", "behind[i] = length - args.lengths[row * C::query_tokens + token]", "behind[i] = 0"),
     Bug("gqa_merge", "if (sum == 0.0f) return 0.0f;", ""),
     Bug("gqa_merge", "(C::kv_heads * C::group) + column % C::share_heads", "C::group + column % C::share_heads"),
     Bug("work_split", "C::query_tokens + C::query_tokens - 1]", "C::query_tokens]"),
@@ -131,7 +131,7 @@ BUGS = [
 BUGS_OF_SHARES = [
     Bug("gqa_merge", "% kHeadShares<C> * C::share_heads;", "% kHeadShares<C>;"),
     Bug("gqa_merge", "/ kHeadShares<C> * C::share_tokens;", "/ kHeadShares<C>;"),
-    Bug("gqa_merge", "(plan.first + part) * kShares<C> + share_of_block<C>();", "plan.first + part;"),
+    Bug("gqa_merge", "2 * (worker * kShares<C> + share_of_block<C>())", "2 * worker"),
     Bug("gqa_partial", "worker_of_block<C>() * kScheduleWords", "worker_of_block<C>() / 2 * kScheduleWords"),
     Bug("gqa_tile", "int token = first_token_of_share<C>() + of_share;", "int token = of_share;"),
     Bug("gqa_partial", "C::kv_heads * C::group * C::query_tokens;", "C::kv_heads * kQueries<C>;"),
@@ -146,6 +146,13 @@ BUGS_OF_SHARES = [
     Bug("gqa_partial", "pending < C::stages", "pending < 0"),
 ]
 
+BUGS_OF_WARPS = [  # of one eight of the queries each
+    Bug("gqa_state", "const int column = eight * 8 + lane / 4;", "const int column = lane / 4;"),
+    Bug("gqa_state", "const int column = eight * 8 + lane % 4 * 2 + i;", "const int column = lane % 4 * 2 + i;"),
+    Bug("gqa_tile", "min((eight * 8 + lane % 4 * 2 + i) /", "min((lane % 4 * 2 + i) /"),
+    Bug("gqa_merge", "warp < warps; warp += stride)", "warp < 2 * stride; warp += stride)"),
+]
+
 BUG_OF_UNEVEN_SHARES = Bug("gqa_merge", "C::share_heads < C::query_tokens;", "C::share_heads < C::query_tokens - 1;")
 
 
@@ -153,6 +160,7 @@ BUG_OF_UNEVEN_SHARES = Bug("gqa_merge", "C::share_heads < C::query_tokens;", "C:
     ("shape", "processors", "bug"),
     [(dataclasses.replace(SMALL, heads=4, kv_heads=2), 3, bug) for bug in BUGS]
     + [(gqa(21, 1, 64, 64, kv_dtype=FP8, query_tokens=4), 20, bug) for bug in BUGS_OF_SHARES]
+    + [(gqa(6, 1, 64, 32, query_tokens=2), 60, bug) for bug in BUGS_OF_WARPS]
     + [(gqa(8, 1, 64, 64, query_tokens=3), 4, BUG_OF_UNEVEN_SHARES)],
     ids=str,
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helixc.codegen.problem import absorb, embed, reduce
+from helixc.codegen.problem import absorb, argmax, embed, reduce
 from helixc.codegen.template_root import template_root
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.manifest import Dtype
@@ -326,15 +326,15 @@ MLA, QWEN3 = "mla fp8", "qwen3 fp8"
         (QWEN3, "first + L::kRunChunks", "first"),
         (QWEN3, "b * cos + a * sin", "b * cos - a * sin"),
         ("llama", "if (active) store<C, kFirst>(a.q_out", "if (active && a.owned[row]) store<C, kFirst>(a.q_out"),
-        ("llama", "return row < a.rows && a.owned[row];", "return row < a.rows;"),
-        (MLA, "return row < a.rows && a.owned[row];", "return row < a.rows;"),
+        ("llama", "Destination{a.owned[row] != 0, a.slots[row]}", "Destination{true, a.slots[row]}"),
+        (MLA, "Destination{a.owned[row] != 0, a.slots[row]}", "Destination{true, a.slots[row]}"),
         (MLA, "scales + token, vector", "scales + token / 2, vector"),
         (MLA, "chunk < Layout<C>::kChunks; ++chunk) largest", "chunk < 1; ++chunk) largest"),
         (MLA, "u8 byte = scale_of(warp_max_bits<C::lanes>(largest))", "u8 byte = scale_of(largest)"),
         (MLA, "0x7fffffu - 0x600000u", "0x7fffffu"),
         (MLA, "254 - int(scale)", "255 - int(scale)"),
         ("llama", "slot % C::block", "(slot + 1) % C::block"),
-        ("llama", "a.cache_v, a.v_scale, slot, kv_head", "a.cache_v, a.v_scale, slot, 0"),
+        ("llama", "a.cache_v, a.v_scale, to.slot, kv_head", "a.cache_v, a.v_scale, to.slot, 0"),
     ],
 )
 def test_a_wrong_append_is_noticed(
@@ -374,3 +374,25 @@ def test_add_norm(dtype: Dtype, hidden: int, tmp_path: Path, monkeypatch: pytest
     ):
         with pytest.raises(ValueError, match=message):
             ops.add_norm(*wrong)
+
+
+@pytest.mark.parametrize("columns", [1001, 4000])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_argmax(dtype: Dtype, columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """One rank's: of equal logits the first, NaN before all; where the caller wants it."""
+    shape = gqa(4, 2, 64, 4, dtype)
+    others = [argmax(members, dtype, "sm_100a") for members in (2, 1)]  # one is not for CudaOps
+    ops = cpu_ops(shape, 1, tmp_path, monkeypatch, 4, only_append=True, more=others)
+    x = torch.randint(-99, 100, (6, columns), generator=torch.Generator().manual_seed(seed)).to(getattr(torch, dtype))
+    x[1, columns // 2], x[2] = torch.nan, -torch.inf
+    field = torch.full((3, len(x)), -1)
+    assert ops.argmax(x, field[1]) is not None and torch.equal(field[1], x.float().argmax(-1))
+    assert torch.equal(ops.argmax(x), field[1]) and bool((field[::2] == -1).all())
+    for wrong, message in (
+        ((x[:, 1:], None), "x is not contiguous"),
+        ((x.double(), None), f"x is float64, expected {dtype}"),
+        ((x, field[:, 1]), r"out has shape \[3\], expected \[6\]"),
+        ((x, field.int()[0]), "out is torch.int32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.argmax(*wrong)

@@ -214,7 +214,7 @@ BUGS = [
     Bug("exchange", "if (lane < C::pieces) forget(own);", "if (lane == 0) forget(own);"),
     Bug("exchange", "u32* own = lse + lane % C::pieces;", "u32* own = lse;"),
     Bug("exchange", "if (lane < C::pieces) {", "if (lane == 0) {"),
-    Bug("exchange", "place(sender, unit) * C::pieces;", "place(sender, unit);"),
+    Bug("exchange", "+ unit * C::pieces;", "+ unit;"),
 ]
 
 

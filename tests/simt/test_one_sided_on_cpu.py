@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.loopback import Echo, Loopback
 from examples.tiny_checkpoint import VOCAB, make_checkpoint
 from helixc.codegen.build import render_all
 from helixc.codegen.select import names_for, select
@@ -159,7 +160,9 @@ def test_steps_of_any_size(host: Host, tmp_path: Path, seed: int, monkeypatch: p
             merged = exchanged(own, parts[rank.rank], ops)
             first = own.reduce(summands[rank.rank].clone(), residual, bias, norm, ops, "o_proj")
             second = own.reduce(summands[rank.rank].clone(), None, None, None, ops, "FFN")
-            tokens = own.argmax(first[0], rank.ffn_tp_rank * hidden, "tokens")
+            row = torch.full((2, len(first[0])), -1)[1] if len(results[rank.rank]) % 2 else None
+            tokens = own.argmax(first[0], rank.ffn_tp_rank * hidden, ops, "tokens", row)
+            assert row is None or tokens is row
             own.end_step()
             results[rank.rank] += [merged, *first, second[0], tokens]
         own.check()
@@ -305,6 +308,44 @@ def test_from_attention_to_the_exchange(host: Host, tmp_path: Path, monkeypatch:
             check_partial(Partial(got, want.lse), want, 6e-3)
 
 
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [("llama", {"tp": 2, "cp": 2}), ("deepseek-v3-lite", {"cp": 3, "ep": 3, "exchange_space": "latent"})],
+)
+def test_a_rank_alone(family: str, sizes: dict[str, Any], host: Host, tmp_path: Path, seed: int) -> None:
+    """Whichever it is: its peers' heads and summands are its own, as bench/loopback.py has them for the CPU."""
+    plan, folder_of = with_kernels(make_plan(family, tmp_path, seed, **sizes), tmp_path)
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    rank, instance, hidden = draw.choice(plan.ranks[1:]), plan.instances[1], plan.model.arch.hidden_size
+    shape = attention_shape(plan.model, rank, plan.tokens_per_block)
+    ops, members = TorchOps(shape), len(rank.groups.ffn_tp)
+    comm, echo = Loopback(rank, {}, instance, plan.kernels, folder_of(rank), CPU, 2.0), Echo(rank)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    for _ in range(3):
+        rows = draw.randint(1, instance.max_batch_size)
+        partial = Partial(normal(rows, shape.heads, shape.partial_dim), normal(rows, shape.heads))
+        x, norm, places = normal(rows, hidden), Norm(normal(hidden), EPS), range(0, members * hidden, hidden)
+        comm.begin_step()
+        for _ in range(3):
+            merged = comm.exchange(partial, ops, "partials")
+            assert relative_error(merged, echo.exchange(partial, ops, "partials").double()) <= 1e-5
+            both = [one.reduce(x.clone(), x, None, norm, ops, "sum") for one in (comm, echo)]
+            assert max(map(relative_error, both[0], (wanted.double() for wanted in both[1]))) <= 1e-5
+        tokens = comm.argmax(x, places[rank.ffn_tp_rank], ops, "tokens")
+        assert torch.equal(tokens, x.argmax(-1) + places[rank.ffn_tp_rank])
+        comm.end_step()
+        comm.check()
+    assert {what: (size, count) for what, size, count in comm.messages(2)} == {
+        "exchange": (2 * shape.heads // len(rank.groups.cp) * (shape.partial_dim + 1) * 4, 3),
+        "reduce": (2 * hidden * 4, 3),
+        "argmax": (2 * 8, 1),
+    }
+    assert all(bool((inbox == NOTHING - (1 << 32)).all()) for inbox in comm.inboxes)
+
+
 def test_a_peer_that_never_sends_is_named(host: Host, tmp_path: Path, seed: int) -> None:
     plan, folder_of = with_kernels(make_plan("llama", tmp_path, seed, cp=2), tmp_path)
     survivor, gone = plan.ranks[1].rank, plan.ranks[2].rank
@@ -344,8 +385,10 @@ def test_what_does_not_fit_is_refused(host: Host, tmp_path: Path, seed: int) -> 
         (lambda: comm.exchange(Partial(o[:1], lse[:1, 1:]), ops, ""), r"lse has shape \[1, "),
         (lambda: comm.exchange(Partial(o[:1], lse[:1].double()), ops, ""), "lse is torch.float64"),
         (lambda: comm.exchange(Partial(o[:1].half(), lse[:1]), ops, ""), "o is torch.float16"),
-        (lambda: comm.argmax(torch.zeros(rows + 1, 8), 0, ""), f"{rows + 1} rows, expected 1 to {rows}"),
-        (lambda: comm.argmax(x.half(), 0, ""), "x is torch.float16"),
+        (lambda: comm.argmax(torch.zeros(rows + 1, 8), 0, ops, ""), f"{rows + 1} rows, expected 1 to {rows}"),
+        (lambda: comm.argmax(x.half(), 0, ops, ""), "x is torch.float16"),
+        (lambda: comm.argmax(x, 0, ops, "", torch.zeros(2).long()), r"out has shape \[2\], expected \[1\]"),
+        (lambda: comm.argmax(x, 0, ops, "", torch.zeros(1)), "out is torch.float32"),
         (lambda: comm.reduce(x, x.half(), None, None, ops, ""), "residual is torch.float16"),
         (lambda: comm.reduce(x, x[:, 1:], None, None, ops, ""), "residual has shape"),
         (lambda: comm.reduce(x, None, x[0, 1:], None, ops, ""), "bias has shape"),

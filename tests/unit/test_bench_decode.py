@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.autograd import DeviceType
 
 from bench import decode
 from helixc.model import read_model
@@ -69,6 +71,16 @@ def test_what_does_not_fit_is_left_out() -> None:
     fits = {layout: decode.fitting(study, arch, layout) for layout in decode.LAYOUTS}
     assert set(fits[decode.HELIX]) - set(fits[decode.PLAIN]) == {(4, M)}
     assert fits[decode.HELIX] == list(study.cases)
+
+
+def test_what_a_kernel_adds_to_a_step() -> None:
+    """b runs beside the first a and ends after it; the second a begins late; what the host does is not counted."""
+
+    def event(name: str, end: float, on: DeviceType = DeviceType.CUDA) -> Any:
+        return SimpleNamespace(name=name, device_type=on, time_range=SimpleNamespace(end=end))
+
+    events = [event("a", 9.0), event("b", 4.5), event("launch", 5.0, DeviceType.CPU), event("a", 4.0), event("c", 1.0)]
+    assert decode.ends_moved(events) == {"a": 3.0 + 4.5, "b": 0.5}
 
 
 def test_the_slower_rank_counts() -> None:

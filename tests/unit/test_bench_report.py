@@ -135,6 +135,25 @@ def test_decode(tmp_path: Path) -> None:
     assert "from the plans: 2.00" in page and page.count("measured on another day") == 1
 
 
+def test_rank(tmp_path: Path) -> None:
+    row = {"layers": 27, "batch": 1, "tokens": 1 << 20, "rank_us": 5347.8, "estimate_us": 5410.7, "floor_share": 0.926}
+    row |= {"host_us": -0.4, "tp2_rank_us": 9277.3, "ratio": 1.722, "missed": []}
+    rows = [
+        {"model": "one", "vllm_us": 7980} | row,
+        {"model": "one", "vllm_us": 20200} | row | {"batch": 4, "tp2_rank_us": None, "ratio": None},
+        {"model": "other", "vllm_us": None} | row | {"tokens": 8192, "missed": ["one goal", "another"]},
+    ]
+    write(tmp_path, "rank", **MACHINE, rows=rows)
+    page = report.page(tmp_path)
+    assert "Machine: one of a GPU; torch 2.9.\n" in page and "peers looped back" in page
+    assert "### one, 27 layers, a rank alone" in page and "### other, 27 layers, a rank alone" in page
+    assert "| 1x1024k | 5348 | 5411 | 93% | 0 | 9277 | 1.72 | 7980 | 1.47 |" in page
+    assert "| 4x1024k | 5348 | 5411 | 93% | 0 | does not fit | - | 20200 | 3.73 |" in page
+    assert "| 1x8k | 5348 | 5411 | 93% | 0 | 9277 | 1.72 |\n" in page
+    assert page.count("measured on another day") == 1
+    assert page.count("estimates miss: none.") == 1 and "estimates miss: 1x8k: one goal, another." in page
+
+
 @pytest.mark.parametrize(("gpus", "said"), [(1, "one GPU, which the two processes share"), (2, "two GPUs")])
 def test_handoff(gpus: int, said: str, tmp_path: Path) -> None:
     cache = {"model": "deepseek-v3", "kv_dtype": "float8_e4m3fn", "tokens": 8192, "bytes": 144_000_000}

@@ -19,9 +19,12 @@ from helixc.plan.collectives import admission, by_request, collectives, decode_s
 from helixc.plan.rendezvous import Op, flaws
 from helixc.spec.spec import Hardware
 from helixc_runtime import comm
+from helixc_runtime.attention_shape import attention_shape
 from helixc_runtime.comm import TorchComm
 from helixc_runtime.job import Request
 from helixc_runtime.manifest import Plan, Rank, local_length, split
+from helixc_runtime.ops import Partial
+from helixc_runtime.ops_torch import TorchOps
 from tests.deployments import plan_of, role
 from tests.threads import Call, ThreadDist, calls_of
 
@@ -92,6 +95,18 @@ def test_every_rank_issues_what_was_derived(
             assert recorded[rank.rank] == expected, rank.rank
 
 
+def test_an_exchange_among_one_rank_copies_nothing() -> None:
+    """But it still masks what is empty: another data-parallel rank's row."""
+    plan = plan_of("llama-3.1-8b", None, role(tp=2))
+    shape, own = attention_shape(plan.model, plan.ranks[0], 4), TorchComm(plan.ranks[0], {})
+    part = Partial(torch.randn(3, shape.heads, shape.partial_dim), torch.randn(3, shape.heads))
+    part.o[1], part.lse[1] = torch.nan, -torch.inf
+    for sent, received in zip(part, own.all_to_all(part), strict=True):
+        assert received.shape == (1, *sent.shape) and received.data_ptr() == sent.data_ptr()
+    merged = own.exchange(part, TorchOps(shape), "partials")
+    torch.testing.assert_close(merged, torch.where(part.lse.isinf().unsqueeze(-1), 0.0, part.o))
+
+
 @pytest.mark.parametrize("groups", [2, 3])
 def test_groups_are_exchanged_one_after_another(groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four requests, of which the first steps have fewer: each step is what is derived of its padded size."""
@@ -145,7 +160,7 @@ def test_traffic_is_the_sum_of_the_step() -> None:
 
 def test_the_largest_of_all_ranks_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three ranks, shares of 4, 3 and 3 columns: torch's argmax of all; of equal logits the first, NaN before all."""
-    widths, fake = (4, 3, 3), ThreadDist()
+    widths, fake, no_ops = (4, 3, 3), ThreadDist(), cast(Any, None)
     monkeypatch.setattr(comm, "_all_gather", fake.all_gather)
     logits = torch.randint(3, (60, 10)).float()
     logits[::4, secrets.randbelow(10)] = torch.nan
@@ -158,7 +173,9 @@ def test_the_largest_of_all_ranks_columns(monkeypatch: pytest.MonkeyPatch) -> No
         fake.become(rank.rank)
         own = TorchComm(rank, cast(Any, {"ffn_tp": rank.groups.ffn_tp}))
         x = logits.bfloat16().split(widths, dim=1)[rank.rank]
-        found[rank.rank] = own.argmax(x, sum(widths[: rank.rank]), "tokens")
+        row = torch.full((2, len(x)), -1)[1]
+        found[rank.rank] = own.argmax(x, sum(widths[: rank.rank]), no_ops, "tokens", row)
+        assert found[rank.rank] is row
 
     threads = [threading.Thread(target=body, args=(rank,)) for rank in ranks]
     for thread in threads:

@@ -211,8 +211,9 @@ def feeds_the_token_late(monkeypatch: pytest.MonkeyPatch) -> None:
     def mutant(self: DecodeStep, size: int, draws: bool) -> StepResult | None:
         before = self._control[step._Field.token].clone()
         result = compute(self, size, draws)
+        told = replace(result, tokens=result.tokens.clone()) if result else None
         self._control[step._Field.token] = before
-        return result
+        return told
 
     monkeypatch.setattr(DecodeStep, "_compute", mutant)
 

@@ -220,6 +220,9 @@ class _Nothing:
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return layers.linear(x, weight)
 
+    def argmax(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.argmax(x, -1, out=out)
+
     def mlp(self, x: Tensor, weights: GatedMlp) -> Tensor:
         return gated_mlp(x, weights.gate, weights.up, weights.down)
 

@@ -112,10 +112,10 @@ class Decoder:
         gathered = self.comm.all_gather(F.pad(local, (0, max(sizes) - local.shape[1])), "ffn_tp")
         return torch.cat([part[:, :size] for part, size in zip(gathered, sizes, strict=True)], dim=1).float()
 
-    def greedy(self, normed: Tensor, linear: Linear) -> Tensor:
-        """head(normed).argmax(-1), [N] int64, for which no logit has to leave its rank."""
+    def greedy(self, normed: Tensor, ops: Ops, out: Tensor | None = None) -> Tensor:
+        """head(normed).argmax(-1), [N] int64, for which no logit has to leave its rank. In `out`, if given."""
         first, _ = self._own_vocabulary()
-        return self.comm.argmax(linear(normed, self.weights("head")), first, "tokens")
+        return self.comm.argmax(ops.linear(normed, self.weights("head")), first, ops, "tokens", out)
 
     def _layer(self, layer: int, x: Tensor, attend: Attend) -> Tensor:
         """One layer of a prompt."""

@@ -20,6 +20,7 @@ template <class C> HELIX_DEVICE void absorb(const LinearArguments& product, cons
     const int lane = threadIdx.x % C::lanes, place = int(threadIdx.x) % kWarp / C::lanes;
     const int warp = int(blockIdx.x) * (C::threads / kWarp) + int(threadIdx.x) / kWarp;
     const int keys = (rest.rows * C::kv_heads + vectors - 1) / vectors;  // warps
+    if (warp < keys) prefetch_norm<C>(rest, lane);
     wait_for_previous_kernels();
     let_next_kernel_start();
     if (warp < keys) append_key<C>(rest, warp * vectors + place, lane);

@@ -168,8 +168,13 @@ HELIX_DEVICE void store_token(typename C::Cached* cache, u8* scales, i64 slot, i
   }
 }
 
-template <class C> HELIX_DEVICE bool owns(const AppendArguments<C>& a, int row) {
-  return row < a.rows && a.owned[row];
+// Where a row's token goes, and whether. Neither load waits for the other, nor what is loaded of the token for these.
+struct Destination {
+  bool owned;
+  i64 slot;
+};
+template <class C> HELIX_DEVICE Destination destination(const AppendArguments<C>& a, int row) {
+  return row < a.rows ? Destination{a.owned[row] != 0, a.slots[row]} : Destination{false, 0};
 }
 
 // Its chunks from kFirst on: the others may be somebody else's, where there is no norm.
@@ -190,24 +195,33 @@ template <class C, int kFirst = 0> HELIX_DEVICE void append_query(const AppendAr
 template <class C> HELIX_DEVICE void append_key(const AppendArguments<C>& a, int index, int lane) {
   using L = Layout<C>;
   const int row = index / C::kv_heads, kv_head = index % C::kv_heads;
-  const bool active = owns<C>(a, row);
-  const i64 slot = active ? a.slots[row] : 0, angle = i64(row) * (C::rope_dim / 2);
+  const bool active = row < a.rows;
+  const Destination to = destination<C>(a, row);
+  const i64 angle = i64(row) * (C::rope_dim / 2);
   const typename C::Element* from = a.k + i64(row) * a.k_row + i64(kv_head) * a.k_head;
   Vector<C> k = load<C, L::kChunks>(from, from + L::kPlain, lane, active);
   const Angles<C> angles = load_angles<C>(a.cos + angle, a.sin + angle, lane, active);
   if constexpr (C::mla || C::qk_norm)
     normalize<C>(k, load<C, L::kNormedChunks>(a.k_norm, a.k_norm + L::kPlain, lane, true));
   rotate<C>(k, angles);
-  store_token<C>(a.cache_k, a.k_scale, slot, kv_head, k, lane, active);
+  store_token<C>(a.cache_k, a.k_scale, to.slot, kv_head, k, lane, to.owned);
 }
 
 template <class C> HELIX_DEVICE void append_value(const AppendArguments<C>& a, int index, int lane) {
   const int row = index / C::kv_heads, kv_head = index % C::kv_heads;
-  const bool active = owns<C>(a, row);
-  const i64 slot = active ? a.slots[row] : 0;
+  const Destination to = destination<C>(a, row);
   const typename C::Element* from = a.v + i64(row) * a.v_row + i64(kv_head) * a.v_head;
-  const Vector<C> v = load<C, Layout<C>::kChunks>(from, from + Layout<C>::kPlain, lane, active);
-  store_token<C>(a.cache_v, a.v_scale, slot, kv_head, v, lane, active);
+  const Vector<C> v = load<C, Layout<C>::kChunks>(from, from + Layout<C>::kPlain, lane, row < a.rows);
+  store_token<C>(a.cache_v, a.v_scale, to.slot, kv_head, v, lane, to.owned);
+}
+
+// Before the wait: the weights of the keys' norm to the L2.
+template <class C> HELIX_DEVICE void prefetch_norm(const AppendArguments<C>& a, int lane) {
+  if constexpr (C::mla || C::qk_norm)
+    for (int chunk = 0; chunk < Layout<C>::kNormedChunks; ++chunk) {
+      const int at = column<C>(chunk, lane);
+      if (at < Layout<C>::kNormed) prefetch_line(a.k_norm + at);
+    }
 }
 
 template <class C> HELIX_DEVICE void append(const AppendArguments<C>& a) {
@@ -215,6 +229,7 @@ template <class C> HELIX_DEVICE void append(const AppendArguments<C>& a) {
   const int lane = threadIdx.x % C::lanes, place = int(threadIdx.x) % kWarp / C::lanes;
   const int warp = int(blockIdx.x) * (C::threads / kWarp) + int(threadIdx.x) / kWarp;
   const int keys = (a.rows * C::kv_heads + vectors - 1) / vectors, stored = C::mla ? keys : 2 * keys;  // warps
+  if (warp < keys) prefetch_norm<C>(a, lane);
   wait_for_previous_kernels();
   let_next_kernel_start();
   if (warp < keys) {

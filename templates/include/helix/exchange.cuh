@@ -2,8 +2,9 @@
 //
 //   o [rows, N * H, P], lse [rows, N * H] of this rank's KV  ->  o_out [rows, H, P] over all N ranks' KV
 //
-// Head n * H + j goes to member n, as its head j. An inbox holds [2 halves][N senders][max_rows][H][P] of O, then
-// [2][N][max_rows][H][pieces] LSE in float32, one for each piece of a head that may come by itself (here 1, the head).
+// Head n * H + j goes to member n, as its head j. An inbox holds [2 halves][N senders] messages: [max_rows][H][P] of O,
+// then [max_rows][H][pieces] LSE in float32, one for each piece of a head that may come by itself (here 1, the head),
+// and nothing up to the next 16 bytes.
 // The merge is combine.cuh's, in float32, over the members in turn from this one on; parts without tokens (lse = -inf)
 // are neither sent nor used, but for their LSE.
 //
@@ -19,18 +20,18 @@ namespace helix {
 template <class C> struct ExchangeInbox {
   using Element = typename C::Element;
   static constexpr int kVectors = C::partial_dim * int(sizeof(Element)) / 16;  // of one head's O
-  i64 units;     // max_rows * H
+  i64 all_o, message;  // bytes
   u32 half;
 
   HELIX_DEVICE ExchangeInbox(const Group& group, int max_rows)
-      : units(i64(max_rows) * C::heads), half(group.half()) {}
-  HELIX_DEVICE i64 place(int sender, i64 unit) const { return (i64(half) * C::members + sender) * units + unit; }
+      : all_o(i64(max_rows) * C::heads * kVectors * 16),
+        message(all_o + (i64(max_rows) * C::heads * C::pieces * 4 + 15) / 16 * 16), half(group.half()) {}
+  HELIX_DEVICE u8* from(u8* inbox, int sender) const { return inbox + (i64(half) * C::members + sender) * message; }
   HELIX_DEVICE Vector16* o(u8* inbox, int sender, i64 unit) const {
-    return reinterpret_cast<Vector16*>(inbox) + place(sender, unit) * kVectors;
+    return reinterpret_cast<Vector16*>(from(inbox, sender)) + unit * kVectors;
   }
   HELIX_DEVICE u32* lse(u8* inbox, int sender, i64 unit) const {
-    u8* after = inbox + 2 * i64(C::members) * units * kVectors * 16;
-    return reinterpret_cast<u32*>(after) + place(sender, unit) * C::pieces;
+    return reinterpret_cast<u32*>(from(inbox, sender) + all_o) + unit * C::pieces;
   }
 };
 

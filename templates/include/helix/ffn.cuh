@@ -162,6 +162,8 @@ template <class C> HELIX_DEVICE void gate_up(const GateUpArguments& a) {
   Skinny<C, GateUp<C>> skinny(work);
   const bool early = skinny.tile < GateUp<C>::kAlways;  // the first tile is there whatever the routing
   if (early) skinny.fetch(skinny.index < work.units());
+  if constexpr (C::experts > 0)
+    if (a.bias && threadIdx.x * 32 < C::experts) prefetch_line(a.bias + threadIdx.x * 32);
   wait_for_previous_kernels();
   let_next_kernel_start();
   if constexpr (C::experts > 0) routing.make(a.logits, a.bias, a.tokens, a.first_expert);
@@ -173,9 +175,11 @@ template <class C> HELIX_DEVICE void down(const DownArguments& a) {
   __shared__ Sums<C> sums;
   __shared__ RoutingFor<C> routing;
   const Down<C> work = {a, routing};
-  if constexpr (C::experts > 0) routing.make(a.logits, a.bias, a.tokens, a.first_expert);
   Skinny<C, Down<C>> skinny(work);
-  skinny.fetch();
+  const bool early = skinny.index < Down<C>::kAlways;  // as in gate_up
+  if (early) skinny.fetch(skinny.tile < work.tiles());
+  if constexpr (C::experts > 0) routing.make(a.logits, a.bias, a.tokens, a.first_expert);
+  if (!early) skinny.fetch();
   wait_for_previous_kernels();
   let_next_kernel_start();
   skinny.run(sums);

@@ -10,10 +10,10 @@
 // numbers is off by 2^-39 of the largest at most. Weights likewise: the largest weight times V scale that the warp has
 // seen stands for 2^15, so that no mixture of scales costs precision; the softmax sum has a largest score of its own, a
 // lane's. Float16 weights are rounded 8 times finer than bfloat16 ones.
-// Instructions a warp and tile of 128 tokens, D 128, up to 8 queries, as compiled: 560, of them 132 conversions, 32
-// swaps, 32 products, 16 ldmatrix and 20 exponentials. With two cycles for what issues at half the rate and eight for
-// an exponential that is less than 1,000 of a scheduler's cycles, of the 2,500 in which memory brings the tile (13
-// bytes a cycle and SM). Up to 16 queries: 740 and 1,400.
+// Instructions a warp and tile of 128 tokens, D 128, as compiled: 560, of them 132 conversions, 32 swaps, 32 products,
+// 16 ldmatrix and 20 exponentials. With two cycles for what issues at half the rate and eight for an exponential that
+// is less than 1,000 of a scheduler's cycles, of the 2,500 in which memory brings the tile (13 bytes a cycle and SM).
+// As measured: 1,050 cycles a tile, and 1,650 of two warps a scheduler (9 to 16 queries), which both convert.
 #pragma once
 #include "helix/gqa_tile.cuh"
 
@@ -22,48 +22,45 @@ namespace helix {
 // As GqaState; the rows of o stand for dims 2 * (lane / 4) and that + 1 of each 16.
 template <class C> struct GqaFp8State {
   using Tile = GqaTile<C>;
-  static constexpr int eights = Tile::columns / 8, steps = C::head_dim / 16, halves = Tile::warp_tokens / 16;
-  static constexpr int chains = 3 - eights;       // independent sums of a score: products to overlap
+  static constexpr int steps = C::head_dim / 16, halves = Tile::slice_tokens / 16;
+  static constexpr int chains = 2;                // independent sums of a score: products to overlap
   static constexpr int lane_tokens = halves * 2;  // lane / 4 + 8 * (0 .. lane_tokens - 1)
   static constexpr int pieces = Tile::token_bytes / 16;
   static constexpr float weight_bits = 15.0f;  // of the largest weight times V scale
-  float o[steps][eights][4];
-  float largest[eights][2];                     // of a score plus its V scale's byte, in units of log2: what o is in
-  float lane_largest[eights][2], sum[eights][2];  // of the scores of this lane's tokens
-  float scale[eights][2];                       // of a product to a score in units of log2
-  FragmentB q[steps][eights];
+  float o[steps][4];
+  float largest[2];               // of a score plus its V scale's byte, in units of log2: what o is in
+  float lane_largest[2], sum[2];  // of the scores of this lane's tokens
+  float scale[2];                 // of a product to a score in units of log2
+  FragmentB q[steps];
   GqaBounds<C> bounds;
 
-  HELIX_DEVICE void start(const GqaArguments& args, const GqaCursor& at, int lane) {
-    bounds.start(args, at.row, at.length, lane);
+  HELIX_DEVICE void start(const GqaArguments& args, const GqaCursor& at, int eight, int lane) {
+    bounds.start(args, at.row, at.length, eight, lane);
     const bfloat16* query = args.q + first_group<C>(at.row, at.kv_head) * C::group * C::head_dim + lane % 4 * 4;
+    const int column = eight * 8 + lane / 4;
+    uint2 words[steps];
+    float most = 0.0f;
 #pragma unroll
-    for (int n = 0; n < eights; ++n) {
-      const int column = n * 8 + lane / 4;
-      uint2 words[steps];
-      float most = 0.0f;
+    for (int step = 0; step < steps; ++step) {
+      const bfloat16* from = query + query_offset<C>(column) * C::head_dim + step * 16;
+      words[step] = has_query<C>(column) ? *reinterpret_cast<const uint2*>(from) : uint2{0, 0};
+      most = fmaxf(fmaxf(most, largest_of(words[step].x)), largest_of(words[step].y));
+    }
 #pragma unroll
-      for (int step = 0; step < steps; ++step) {
-        const bfloat16* from = query + query_offset<C>(column) * C::head_dim + step * 16;
-        words[step] = has_query<C>(column) ? *reinterpret_cast<const uint2*>(from) : uint2{0, 0};
-        most = fmaxf(fmaxf(most, largest_of(words[step].x)), largest_of(words[step].y));
-      }
+    for (int distance = 1; distance < 4; distance *= 2)
+      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, distance));
+    const int exponent = min(14 + 254 - (__float_as_int(most) >> 23), 253);
+    const float gain = __int_as_float(exponent << 23), inverse = __int_as_float((254 - exponent) << 23);
 #pragma unroll
-      for (int distance = 1; distance < 4; distance *= 2)
-        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, distance));
-      const int exponent = min(14 + 254 - (__float_as_int(most) >> 23), 253);
-      const float gain = __int_as_float(exponent << 23), inverse = __int_as_float((254 - exponent) << 23);
+    for (int step = 0; step < steps; ++step) {
+      q[step] = {{to_float16(words[step].x, gain), to_float16(words[step].y, gain)}};
 #pragma unroll
-      for (int step = 0; step < steps; ++step) {
-        q[step][n] = {{to_float16(words[step].x, gain), to_float16(words[step].y, gain)}};
+      for (int i = 0; i < 4; ++i) o[step][i] = 0.0f;
+    }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) o[step][n][i] = 0.0f;
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        scale[n][i] = __shfl_sync(0xffffffffu, inverse, (lane % 4 * 2 + i) * 4) * (C::scale * 1.4426950408889634f);
-        largest[n][i] = lane_largest[n][i] = kLowest, sum[n][i] = 0.0f;
-      }
+    for (int i = 0; i < 2; ++i) {
+      scale[i] = __shfl_sync(0xffffffffu, inverse, (lane % 4 * 2 + i) * 4) * (C::scale * 1.4426950408889634f);
+      largest[i] = lane_largest[i] = kLowest, sum[i] = 0.0f;
     }
   }
 
@@ -71,7 +68,7 @@ template <class C> struct GqaFp8State {
   HELIX_DEVICE void attend(u32 k, u32 v, const u8* scales, int valid, int lane) {
     // ldmatrix rows: tokens lane % 16, K's as stored and V's transposed.
     const u32 row = row_of(lane % 16), piece = piece_of(lane % 16, lane / 16);
-    float s[halves][eights][chains][4] = {};
+    float s[halves][chains][4] = {};
 #pragma unroll
     for (int pair = 0; pair < steps / 2; ++pair)
 #pragma unroll
@@ -81,8 +78,7 @@ template <class C> struct GqaFp8State {
         for (int i = 0; i < 2; ++i) {
           const FragmentA a = {{e4m3_low_to_float16(raw.x[2 * i]), e4m3_low_to_float16(raw.x[2 * i + 1]),
                                 e4m3_high_to_float16(raw.x[2 * i]), e4m3_high_to_float16(raw.x[2 * i + 1])}};
-#pragma unroll
-          for (int n = 0; n < eights; ++n) multiply_add_float16(s[half][n][i % chains], a, q[2 * pair + i][n]);
+          multiply_add_float16(s[half][i], a, q[2 * pair + i]);
         }
       }
     FragmentA values[halves][steps / 2];  // fetched before the weights are known
@@ -98,27 +94,23 @@ template <class C> struct GqaFp8State {
       const u8* at = scales + lane / 4 + i * 8;
       k_scale[i] = scale_to_float(at[0]), v_scale[i] = float(at[C::tile]);
     }
-    FragmentB p[halves][eights];
+    float scores[lane_tokens][2];
 #pragma unroll
-    for (int n = 0; n < eights; ++n) {
-      float scores[lane_tokens][2];
+    for (int i = 0; i < lane_tokens; ++i)
 #pragma unroll
-      for (int i = 0; i < lane_tokens; ++i)
+      for (int j = 0; j < 2; ++j) {
+        const float(&dots)[chains][4] = s[i / 2];
+        const int at = i % 2 * 2 + j;
+        const bool admitted = bounds.admit(j, lane / 4 + i * 8, valid);
+        scores[i][j] = admitted ? (dots[0][at] + dots[1][at]) * (k_scale[i] * scale[j]) : minus_infinity();
+      }
+    weigh(scores, v_scale);
+    FragmentB p[halves];
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float(&dots)[chains][4] = s[i / 2][n];
-          const int at = i % 2 * 2 + j;
-          const float dot = chains == 2 ? dots[0][at] + dots[chains - 1][at] : dots[0][at];
-          const bool admitted = bounds.admit(n, j, lane / 4 + i * 8, valid);
-          scores[i][j] = admitted ? dot * (k_scale[i] * scale[n][j]) : minus_infinity();
-        }
-      weigh(scores, v_scale, n);
+    for (int half = 0; half < halves; ++half)
 #pragma unroll
-      for (int half = 0; half < halves; ++half)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          p[half][n].x[i] = transpose(pack_float16(scores[2 * half + i][0], scores[2 * half + i][1]));
-    }
+      for (int i = 0; i < 2; ++i)
+        p[half].x[i] = transpose(pack_float16(scores[2 * half + i][0], scores[2 * half + i][1]));
 #pragma unroll
     for (int half = 0; half < halves; ++half)
 #pragma unroll
@@ -127,18 +119,17 @@ template <class C> struct GqaFp8State {
         const u32 high = swap_middle_bytes(values[half][step / 2].x[step % 2 * 2 + 1]);
         const FragmentA a = {{e4m3_low_to_float16(low), e4m3_high_to_float16(low), e4m3_low_to_float16(high),
                               e4m3_high_to_float16(high)}};
-#pragma unroll
-        for (int n = 0; n < eights; ++n) multiply_add_float16(o[step][n], a, p[half][n]);
+        multiply_add_float16(o[step], a, p[half]);
       }
   }
 
   // Scores to weights times V scale, rescaling what came before if a largest grew.
-  HELIX_DEVICE void weigh(float (&scores)[lane_tokens][2], const float (&v_scale)[lane_tokens], int n) {
+  HELIX_DEVICE void weigh(float (&scores)[lane_tokens][2], const float (&v_scale)[lane_tokens]) {
     float most[2], rescale[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      float of_lane = lane_largest[n][j];
-      most[j] = largest[n][j];
+      float of_lane = lane_largest[j];
+      most[j] = largest[j];
 #pragma unroll
       for (int i = 0; i < lane_tokens; ++i) {
         of_lane = fmaxf(of_lane, scores[i][j]);
@@ -147,51 +138,49 @@ template <class C> struct GqaFp8State {
 #pragma unroll
       for (int distance = 4; distance < kWarp; distance *= 2)
         most[j] = fmaxf(most[j], __shfl_xor_sync(0xffffffffu, most[j], distance));
-      rescale[j] = exp2_approximate(largest[n][j] - most[j]);
-      sum[n][j] *= exp2_approximate(lane_largest[n][j] - of_lane);
+      rescale[j] = exp2_approximate(largest[j] - most[j]);
+      sum[j] *= exp2_approximate(lane_largest[j] - of_lane);
 #pragma unroll
       for (int i = 0; i < lane_tokens; ++i) {
-        sum[n][j] += exp2_approximate(scores[i][j] - of_lane);
+        sum[j] += exp2_approximate(scores[i][j] - of_lane);
         scores[i][j] = exp2_approximate((scores[i][j] - most[j]) + (v_scale[i] + weight_bits));
       }
-      lane_largest[n][j] = of_lane;
+      lane_largest[j] = of_lane;
     }
-    if (__any_sync(0xffffffffu, most[0] > largest[n][0] || most[1] > largest[n][1])) {
+    if (__any_sync(0xffffffffu, most[0] > largest[0] || most[1] > largest[1])) {
 #pragma unroll
       for (int step = 0; step < steps; ++step)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) o[step][n][i] *= rescale[i % 2];
+        for (int i = 0; i < 4; ++i) o[step][i] *= rescale[i % 2];
     }
-    largest[n][0] = most[0], largest[n][1] = most[1];
+    largest[0] = most[0], largest[1] = most[1];
   }
 
-  // To shared memory, for the reduction over the warps.
-  HELIX_DEVICE void store(GqaShared<C>& shared, u32 stage, int warp, int lane) {
+  // To shared memory, for the reduction over the slices.
+  HELIX_DEVICE void store(GqaShared<C>& shared, u32 stage, int slice, int eight, int lane) {
 #pragma unroll
-    for (int n = 0; n < eights; ++n)
+    for (int i = 0; i < 2; ++i) {
+      const int column = eight * 8 + lane % 4 * 2 + i;
+      float most = lane_largest[i], total = sum[i];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int column = n * 8 + lane % 4 * 2 + i;
-        float most = lane_largest[n][i], total = sum[n][i];
+      for (int distance = 4; distance < kWarp; distance *= 2)
+        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, distance));
+      total *= exp2_approximate(lane_largest[i] - most);
 #pragma unroll
-        for (int distance = 4; distance < kWarp; distance *= 2)
-          most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, distance));
-        total *= exp2_approximate(lane_largest[n][i] - most);
+      for (int distance = 4; distance < kWarp; distance *= 2) total += __shfl_xor_sync(0xffffffffu, total, distance);
+      const float gain = exp2_approximate(largest[i] - most - (weight_bits + 127.0f));
 #pragma unroll
-        for (int distance = 4; distance < kWarp; distance *= 2) total += __shfl_xor_sync(0xffffffffu, total, distance);
-        const float gain = exp2_approximate(largest[n][i] - most - (weight_bits + 127.0f));
-#pragma unroll
-        for (int step = 0; step < steps; ++step) {
-          const float2 pair = {o[step][n][i] * gain, o[step][n][i + 2] * gain};
-          *reinterpret_cast<float2*>(shared.o(stage, warp, column, step * 16 + lane / 4 * 2)) = pair;
-        }
-        if (lane < 4) shared.largest[column][warp] = most, shared.sum[column][warp] = total;
+      for (int step = 0; step < steps; ++step) {
+        const float2 pair = {o[step][i] * gain, o[step][i + 2] * gain};
+        *reinterpret_cast<float2*>(shared.o(stage, slice, column, step * 16 + lane / 4 * 2)) = pair;
       }
+      if (lane < 4) shared.largest[column][slice] = most, shared.sum[column][slice] = total;
+    }
   }
 
   // V of what holds no token becomes zero: 0 * NaN is NaN.
   HELIX_DEVICE static void clear_values(u8* v, int valid, int lane) {
-    for (int i = lane; i < (Tile::warp_tokens - valid) * pieces; i += kWarp) {
+    for (int i = lane; i < (Tile::slice_tokens - valid) * pieces; i += kWarp) {
       const int token = valid + i / pieces;
       *reinterpret_cast<Vector16*>(v + row_of(token) + piece_of(token, i % pieces)) = Vector16{};
     }

@@ -3,10 +3,12 @@
 //   parts of a block's queries: o [2 * blocks, queries, D] float32 normalised, lse [2 * blocks, queries, D / 4] float32,
 //   log2, one copy for each four columns  ->  o bf16, lse natural log
 //
-// The blocks that share a unit, and one share of its queries, share its merge too: block i of n writes the i-th of n slices, from all n parts, so that
-// every word of a part has one reader. An unwritten word holds -0.0, which no writer writes: readers poll the words
-// themselves, with no fence or flag, and put -0.0 back. All blocks are on the GPU at once, so the wait ends. The sums
-// have one order: two runs give the same bits. Roofline: latency; 2 * blocks * queries * D * 5 bytes at most, in L2.
+// The blocks that share a unit, and one share of its queries, share its merge too: block i of n writes the i-th of n
+// slices, from all n parts, so that every word of a part has one reader. Of two blocks, the one that ends with its part
+// merges all (gqa_partial.cuh): as a rule, the other began with its part, which is there long before. An unwritten word
+// holds -0.0, which no writer writes: readers poll the words themselves, with no fence or flag, and put -0.0 back. All
+// blocks are on the GPU at once, so the wait ends. The sums have one order: two runs give the same bits.
+// Roofline: latency; 2 * blocks * queries * D * 5 bytes at most, in L2.
 #pragma once
 #include "helix/gqa_schedule.cuh"
 #include "helix/mma.cuh"
@@ -114,16 +116,27 @@ HELIX_DEVICE void store_part(float* to, const float4& x) {
 
 HELIX_DEVICE void store_part(float* to, float x) { store_relaxed(to, x + 0.0f); }
 
+// The columns of a worker's part, for this block's share of the queries.
+template <class C> HELIX_DEVICE int part_of_worker(int worker, int slot) {
+  return (2 * (worker * kShares<C> + share_of_block<C>()) + slot) * kQueries<C>;
+}
+
 // The parts; all words are -0.0 before and after a launch.
 struct MergeSpace {
   float* o;
   float* lse;
 
-  template <class C> HELIX_DEVICE void write(int slot, int column, int dim, const Merge& merge) const {
+  // Dims `dim` to dim + 3 of a part's column; all parts' columns are numbered through.
+  template <class C> HELIX_DEVICE void write(int column, int dim, const Merge& merge) const {
     const float inverse = inverse_of<C>(merge.sum);
-    const int at = (slot * kQueries<C> + column) * C::head_dim + dim;
+    const int at = column * C::head_dim + dim;
     store_part(o + at, float4{merge.o[0] * inverse, merge.o[1] * inverse, merge.o[2] * inverse, merge.o[3] * inverse});
     store_part(lse + at / 4, merge.lse());
+  }
+  // Item `at` is unwritten again.
+  HELIX_DEVICE void clear(int at) const {
+    reinterpret_cast<uint4*>(o)[at] = uint4{kUnwritten, kUnwritten, kUnwritten, kUnwritten};
+    reinterpret_cast<u32*>(lse)[at] = kUnwritten;
   }
 };
 
@@ -131,9 +144,12 @@ struct MergeSpace {
 struct PartItem {
   u32 x[4], lse;
 
-  HELIX_DEVICE void load(const float* o, const float* from_lse) {
-    load_relaxed(x, o);
-    load_relaxed(lse, from_lse);
+  HELIX_DEVICE static PartItem none() { return {{0, 0, 0, 0}, 0xff800000u}; }  // lse -inf
+
+  // `at`: the number of the item in the space.
+  HELIX_DEVICE void load(const MergeSpace& space, int at) {
+    load_relaxed(x, space.o + at * 4);
+    load_relaxed(lse, space.lse + at);
   }
   HELIX_DEVICE bool written() const {
     return x[0] != kUnwritten && x[1] != kUnwritten && x[2] != kUnwritten && x[3] != kUnwritten && lse != kUnwritten;
@@ -141,16 +157,26 @@ struct PartItem {
   HELIX_DEVICE float4 values() const {
     return {__uint_as_float(x[0]), __uint_as_float(x[1]), __uint_as_float(x[2]), __uint_as_float(x[3])};
   }
+  // Of an item that has been loaded: again, until it is written.
+  HELIX_DEVICE void poll(const MergeSpace& space, int at) {
+    for (u32 polls = 0; !written(); ++polls) {
+      if (polls == kMostPolls) __trap();
+      load(space, at);
+    }
+  }
+  HELIX_DEVICE Merge state() const {
+    const float4 o = values();
+    return {{o.x, o.y, o.z, o.w}, __uint_as_float(lse), 1.0f};
+  }
 };
 
 // Room for each warp's states of up to 32 items.
 template <int threads> struct MergeShared { Merge of_warp[threads / kWarp][kWarp]; };
 
-// Threads below `wide` get the merge of those that hold the same item, one or two of every warp.
+// Threads below `wide`, a power of two, get the merge of those that hold the same item.
 template <int threads> HELIX_DEVICE Merge over_warps(Merge merge, MergeShared<threads>& shared, int wide, int thread) {
   constexpr int warps = threads / kWarp;
-  static_assert(warps == 4, "wide is at most 32, or 64");
-  const int lane = thread % kWarp;
+  const int lane = thread % kWarp, stride = wide <= kWarp ? 1 : wide / kWarp;
   shared.of_warp[thread / kWarp][lane] = merge;
   named_barrier_diverged<1, threads>();
   if (wide <= kWarp) {
@@ -163,45 +189,47 @@ template <int threads> HELIX_DEVICE Merge over_warps(Merge merge, MergeShared<th
     }
     merge = Merge::of<warps>(os, largests, sums);
   } else if (thread < wide) {
-    merge = Merge::of_two(merge, shared.of_warp[thread / kWarp + 2][lane]);
+    for (int warp = thread / kWarp + stride; warp < warps; warp += stride)
+      merge = Merge::of_two(merge, shared.of_warp[warp][lane]);
   }
   named_barrier_diverged<1, threads>();  // before the next unit's states
   return merge;
 }
 
-// The block's slice of one unit: all `threads` threads call it. Neighbouring threads take neighbouring items, and the
-// threads to spare share the parts: thread t has item t % wide of every (threads / wide)-th part. The warps' states
-// meet in shared memory.
+// The block's slices of up to two units, side by side: all `threads` threads call it. Neighbouring threads take
+// neighbouring items, and the threads to spare share the parts: thread t has item t % wide of every (threads / wide)-th
+// part. The warps' states meet in shared memory.
 template <class C, int threads>
-HELIX_DEVICE void merge_slice(bfloat16* o, float* lse, const MergeSpace& space, const MergePlan& plan,
-                              MergeShared<threads>& shared, int thread) {
-  constexpr int vectors = C::head_dim / 4, batch = 5;
+HELIX_DEVICE void merge_slices(bfloat16* o, float* lse, const MergeSpace& space, const MergePlan (&plans)[2],
+                               MergeShared<threads>& shared, int thread) {
+  constexpr int vectors = C::head_dim / 4, batch = 6;
+  const int of_first = plans[0].end - plans[0].begin, items = of_first + plans[1].end - plans[1].begin;
   int wide = 4;
-  while (wide < threads && wide < plan.end - plan.begin) wide *= 2;
+  while (wide < threads && wide < items) wide *= 2;
   const int first_part = thread / wide, stride = threads / wide;
-  for (int base = plan.begin; base < plan.end; base += wide) {
-    const int item = base + thread % wide;
+  for (int base = 0; base < items; base += wide) {
+    const int mine = base + thread % wide;
+    const MergePlan& plan = plans[mine < of_first ? 0 : 1];
+    const int item = plan.begin + (mine < of_first ? mine : mine - of_first), count = mine < items ? plan.count : 0;
     Merge merge = {{0.0f, 0.0f, 0.0f, 0.0f}, minus_infinity(), 0.0f};
-    for (int first = first_part; first < plan.count && item < plan.end; first += stride * batch) {
+    for (int first = first_part; first < count; first += stride * batch) {
       PartItem parts[batch];
       int at[batch];
-      u32 missing = 0;
+      u32 present = 0;
 #pragma unroll
       for (int i = 0; i < batch; ++i) {
         const int part = first + i * stride;
         // The unit's first block may have left its part in its second slot (work_split.cuh).
-        const int block = (plan.first + part) * kShares<C> + share_of_block<C>();
-        const int slot = 2 * block + (part == 0 ? plan.first_is_later_slot : 0);
-        at[i] = slot * kQueries<C> * vectors + item;
-        parts[i] = PartItem{{0, 0, 0, 0}, 0xff800000u};  // -inf
-        missing |= u32(part < plan.count) << i;
+        at[i] = part_of_worker<C>(plan.first + part, part == 0 ? plan.first_is_later_slot : 0) * vectors + item;
+        parts[i] = PartItem::none();
+        present |= u32(part < count) << i;
       }
-      const u32 present = missing;
+      u32 missing = present;
       for (u32 polls = 0; missing; ++polls) {
         if (polls == kMostPolls) __trap();
 #pragma unroll
         for (int i = 0; i < batch; ++i)
-          if (missing >> i & 1) parts[i].load(space.o + at[i] * 4, space.lse + at[i]);
+          if (missing >> i & 1) parts[i].load(space, at[i]);
 #pragma unroll
         for (int i = 0; i < batch; ++i)
           if (missing >> i & 1 && parts[i].written()) missing ^= 1u << i;
@@ -211,16 +239,13 @@ HELIX_DEVICE void merge_slice(bfloat16* o, float* lse, const MergeSpace& space, 
 #pragma unroll
       for (int i = 0; i < batch; ++i) {
         os[i] = parts[i].values(), largests[i] = __uint_as_float(parts[i].lse), sums[i] = 1.0f;
-        if (present >> i & 1) {
-          reinterpret_cast<uint4*>(space.o)[at[i]] = uint4{kUnwritten, kUnwritten, kUnwritten, kUnwritten};
-          reinterpret_cast<u32*>(space.lse)[at[i]] = kUnwritten;
-        }
+        if (present >> i & 1) space.clear(at[i]);
       }
       merge = Merge::of_two(merge, Merge::of<batch>(os, largests, sums));
     }
     if (wide < kWarp) merge.over_lanes(wide);
     if (wide < threads) merge = over_warps<threads>(merge, shared, wide, thread);
-    if (thread < wide && item < plan.end) {
+    if (thread < wide && mine < items) {
       const int column = item / vectors, dim = item % vectors * 4;
       if constexpr (kUneven<C>)
         if (!has_query<C>(column)) continue;

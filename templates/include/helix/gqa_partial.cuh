@@ -6,17 +6,18 @@
 //       -inf)
 //
 // One thread block an SM takes an even share of all tiles, of 64 tokens in bf16 and 128 in FP8 (gqa_schedule.cuh). Its
-// last warp copies K and V tiles ahead through a ring of stages; each of its four other warps takes a quarter of every
-// tile, with its own softmax state: no warp waits for another until a unit ends. Tokens are the rows of the products,
-// S^T = K Q^T and O^T += V^T P^T, so that the 1 to 16 queries of a KV head, heads of each query token, fill 8 or 16
-// columns and K and V come straight from shared memory (gqa_state.cuh, gqa_fp8_state.cuh). More queries are cut into
-// shares: the blocks of neighbouring numbers take one each, of the same tokens at about the same time. Two blocks are a
-// cluster if the shares come in pairs: one copies K to both, the other V, and L2 is read once. Units cut between blocks
-// are merged at the end, in the same launch (gqa_merge.cuh): all blocks have to be on the GPU at once, which a grid of
-// one block an SM ensures.
+// last warp copies K and V tiles ahead through a ring of stages. Each of its other warps takes a quarter of every tile,
+// a slice, for eight queries, with its own softmax state: no warp waits for another until a unit ends. Tokens are the
+// rows of the products, S^T = K Q^T and O^T += V^T P^T, so that eight queries, heads of each query token, are their
+// columns and K and V come straight from shared memory (gqa_state.cuh, gqa_fp8_state.cuh). Up to 8 queries of a KV head
+// take four warps and up to 16 eight, two a scheduler, whose latencies overlap; FP8 is converted by both. More queries
+// are cut into shares: the blocks of neighbouring numbers take one each, of the same tokens at about the same time. Two
+// blocks are a cluster if the shares come in pairs: one copies K to both, the other V, and L2 is read once. Units cut
+// between blocks are merged at the end, in the same launch (gqa_merge.cuh): all blocks have to be on the GPU at once,
+// which a grid of one block an SM ensures.
 // NaN beyond a row's length does not spread: scores there become -inf and V rows zero. The new tokens that only later
 // query tokens of the row see have weight zero in earlier ones.
-// Shared memory: stages * 2 * 64 * D * 2 bytes (and FP8's scales); a unit's last stage serves to reduce the warps.
+// Shared memory: stages * 2 * 64 * D * 2 bytes (and FP8's scales); a unit's last stage serves to reduce the slices.
 // Roofline: memory, length * 2 * D * 2 bytes a KV head and row, in FP8 length * 2 * (D + 1); L2 as often as there are
 // shares, or pairs of them: 5% over one read of memory for one pair (bf16, D 128), 20% without clusters.
 #pragma once
@@ -24,6 +25,11 @@
 #include "helix/gqa_state.cuh"
 
 namespace helix {
+
+// Copies under way at once, in tiles: half the ring, 64 KiB an SM. The memory needs a third of that to be busy, and
+// what is more waits in its queues, where it delays all other traffic: queries, parts to merge, what the kernel before
+// writes last. A pair of blocks copies without a limit: each copy already waits for both.
+template <class C> constexpr int kMostCopies = C::cluster == 1 ? C::stages / 2 : C::stages;
 
 // The copying warp: every tile of the share, K and V, as soon as its stage is free. `page`: of this lane's box of the
 // first tiles. Only a row's last tokens are younger than the kernel before; the others' copies need not wait for it.
@@ -33,6 +39,8 @@ HELIX_DEVICE void copy_share(GqaShared<C>& shared, const TensorMap* k_map, const
   using Tile = GqaTile<C>;
   constexpr int batch = kWarp / Tile::boxes;  // tiles whose page numbers one load of the warp gets
   u32 stage = 0, phase = 1;
+  u32 oldest = 0, oldest_phase = 0;  // of the copies under way
+  int copies = 0;                    // under way
   bool have_pages = true, waited = C::overlap != Overlap::old_tokens;
   do {
     const int last = at.last();
@@ -45,6 +53,11 @@ HELIX_DEVICE void copy_share(GqaShared<C>& shared, const TensorMap* k_map, const
         if (!waited && (tile + 2 >= at.tiles || phase == 0)) wait_for_previous_kernels(), waited = true;
         if (lane == 0) {
           const int boxes = min(Tile::boxes, (at.length - tile * C::tile + Tile::page_rows - 1) / Tile::page_rows);
+          if (kMostCopies<C> < C::stages && ++copies > kMostCopies<C>) {
+            barrier_wait(&shared.full[oldest], oldest_phase);
+            if (++oldest == C::stages) oldest = 0, oldest_phase ^= 1;
+            --copies;
+          }
           barrier_wait(&shared.empty[stage], phase);
           barrier_expect(&shared.full[stage], u32(boxes * 2 * (Tile::box_bytes + (C::fp8 ? Tile::page_rows : 0))));
         }
@@ -92,31 +105,52 @@ template <class C> HELIX_DEVICE void pass_back(u64* empty, int lane) {
   }
 }
 
-// Merges the warps' states and writes the unit's result if the block saw the whole unit, else its part to `slot`.
-template <class C>
-HELIX_DEVICE void finish_unit(GqaShared<C>& shared, const GqaArguments& args, const GqaCursor& at, u32 stage, bool whole,
-                              int slot, int thread) {
+// The state of four columns of the block's tokens, from those of the slices.
+template <class C> HELIX_DEVICE Merge merge_of_slices(GqaShared<C>& shared, u32 stage, int column, int dim) {
+  constexpr int slices = GqaTile<C>::slices;
+  float4 os[slices];
+#pragma unroll
+  for (int slice = 0; slice < slices; ++slice)
+    os[slice] = *reinterpret_cast<const float4*>(shared.o(stage, slice, column, dim));
+  return Merge::of<slices>(os, shared.largest[column], shared.sum[column]);
+}
+
+// Who reads the block's part of a unit.
+enum class Reader { none, other_blocks, this_block };
+
+// Merges the slices' states, and writes the unit's result if the block has seen all of it (`none`) or has the first of
+// two parts and merges it with the second (`this_block`); else its own part, to `slot`, 0 or 1.
+template <class C, Reader reader>
+HELIX_DEVICE void finish_unit(GqaShared<C>& shared, const GqaArguments& args, const GqaCursor& at, u32 stage, int slot,
+                              int thread) {
   using Tile = GqaTile<C>;
   constexpr int vectors = C::head_dim / 4;
   constexpr int items = kQueries<C> * vectors, rounds = (items + Tile::threads - 1) / Tile::threads;
+  const int worker = int(worker_of_block<C>()), second = part_of_worker<C>(worker + 1, 0) * vectors;
+  PartItem others[rounds];
+  if constexpr (reader == Reader::this_block)  // there long ago, as a rule
+#pragma unroll
+    for (int round = 0; round < rounds; ++round)
+      others[round].load(args.space, second + min(round * Tile::threads + thread, items - 1));
 #pragma unroll
   for (int round = 0; round < rounds; ++round) {
     const int i = round * Tile::threads + thread;
     if (items % Tile::threads != 0 && i >= items) break;
     const int column = i / vectors, dim = i % vectors * 4;
-    float4 os[Tile::warps];
-#pragma unroll
-    for (int warp = 0; warp < Tile::warps; ++warp)
-      os[warp] = *reinterpret_cast<const float4*>(shared.o(stage, warp, column, dim));
-    const Merge merge = Merge::of<Tile::warps>(os, shared.largest[column], shared.sum[column]);
-    if constexpr (kUneven<C>)
-      if (whole && !has_query<C>(column)) continue;
-    if (whole) {
-      const i64 query = first_group<C>(at.row, at.kv_head) * C::group + query_offset<C>(column);
-      merge.template write_result<C>(args.o + query * C::head_dim + dim, dim == 0 ? args.lse + query : nullptr);
-    } else {
-      args.space.write<C>(slot, column, dim, merge);
+    Merge merge = merge_of_slices<C>(shared, stage, column, dim);
+    if constexpr (reader == Reader::other_blocks) {
+      args.space.write<C>(part_of_worker<C>(worker, slot) + column, dim, merge);
+      continue;
     }
+    if constexpr (reader == Reader::this_block) {
+      others[round].poll(args.space, second + i);
+      args.space.clear(second + i);
+      merge = Merge::of_two(merge, others[round].state());
+    }
+    if constexpr (kUneven<C>)
+      if (!has_query<C>(column)) continue;
+    const i64 query = first_group<C>(at.row, at.kv_head) * C::group + query_offset<C>(column);
+    merge.template write_result<C>(args.o + query * C::head_dim + dim, dim == 0 ? args.lse + query : nullptr);
   }
 }
 
@@ -128,21 +162,22 @@ template <class C>
 HELIX_DEVICE void attend_share(GqaShared<C>& shared, const GqaArguments& args, GqaCursor at, int warp, int lane) {
   using Tile = GqaTile<C>;
   using State = typename GqaStateOf<C>::Type;
-  const int begin = Tile::offset_of(warp);
+  const int slice = warp % Tile::slices, eight = warp / Tile::slices, begin = Tile::offset_of(slice);
   const u32 first_k = shared_address(shared.stage[0][0]) + u32(begin);
   u32 stage = 0, phase = 0;
-  int slot = 2 * int(blockIdx.x);
+  int slot = 0;
+  bool more;
   State state;
   do {
     const int last = at.last();
-    state.start(args, at, lane);
+    state.start(args, at, eight, lane);
     for (int tile = at.tile;;) {
-      const int valid = at.length - tile * C::tile - warp * Tile::warp_tokens;
+      const int valid = at.length - tile * C::tile - slice * Tile::slice_tokens;
       barrier_wait(&shared.full[stage], phase);
       if (valid > 0) {
-        if (valid < Tile::warp_tokens) State::clear_values(shared.stage[stage][1] + begin, valid, lane);
+        if (valid < Tile::slice_tokens) State::clear_values(shared.stage[stage][1] + begin, valid, lane);
         const u32 k = first_k + stage * (2 * Tile::matrix_bytes);
-        state.attend(k, k + Tile::matrix_bytes, shared.scales.at(stage, warp), valid, lane);
+        state.attend(k, k + Tile::matrix_bytes, shared.scales.at(stage, slice), valid, lane);
       }
       if (++tile == last) break;
       __syncwarp();
@@ -151,16 +186,25 @@ HELIX_DEVICE void attend_share(GqaShared<C>& shared, const GqaArguments& args, G
     }
     const bool whole = at.tile == 0 && last == at.tiles;
     named_barrier_diverged<1, Tile::threads>();  // no warp reads the last stage any more
-    state.store(shared, stage, warp, lane);
+    state.store(shared, stage, slice, eight, lane);
     named_barrier_diverged<1, Tile::threads>();
-    finish_unit<C>(shared, args, at, stage, whole, slot, int(threadIdx.x));
-    fence_async_proxy();
-    __syncwarp();
-    if constexpr (C::cluster == 2) fence_cluster();  // the stage was written to, by ordinary stores
-    pass_back<C>(&shared.empty[stage], lane);
+    const MergePlan& plan = shared.merge[slot];
+    if (whole)
+      finish_unit<C, Reader::none>(shared, args, at, stage, slot, int(threadIdx.x));
+    else if (plan.count == 2 && plan.first == int(worker_of_block<C>()))
+      finish_unit<C, Reader::this_block>(shared, args, at, stage, slot, int(threadIdx.x));
+    else
+      finish_unit<C, Reader::other_blocks>(shared, args, at, stage, slot, int(threadIdx.x));
+    more = at.next_unit<C>(args.lengths);
+    if (more || C::cluster == 2) {
+      fence_async_proxy();
+      __syncwarp();
+      if constexpr (C::cluster == 2) fence_cluster();  // the stage was written to, by ordinary stores
+      pass_back<C>(&shared.empty[stage], lane);
+    }
     if (++stage == C::stages) stage = 0, phase ^= 1;
-    slot = 2 * int(blockIdx.x) + 1;
-  } while (at.next_unit<C>(args.lengths));
+    slot = 1;
+  } while (more);
 }
 
 // Rows without a token: o = 0, lse = -inf.
@@ -205,11 +249,7 @@ HELIX_DEVICE void gqa_partial(const TensorMap* k_map, const TensorMap* v_map, co
   if constexpr (C::overlap != Overlap::nothing) wait_for_previous_kernels();
   let_next_kernel_start();
   if (at.left > 0) attend_share<C>(shared, args, at, warp, lane);
-  for (int i = 0; i < 2; ++i) {
-    const MergePlan& mine = shared.merge[i];
-    if (mine.count > 1)
-      merge_slice<C, Tile::threads>(args.o, args.lse, args.space, mine, shared.merge_space, int(threadIdx.x));
-  }
+  merge_slices<C, Tile::threads>(args.o, args.lse, args.space, shared.merge, shared.merge_space, int(threadIdx.x));
   if (empty_rows > 0) clear_empty_rows<C>(args, int(threadIdx.x), Tile::threads);
 }
 

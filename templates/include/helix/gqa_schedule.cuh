@@ -18,7 +18,8 @@ template <class C> constexpr int kHeadShares = C::group / C::share_heads;
 template <class C> constexpr int kTokenShares = (C::query_tokens + C::share_tokens - 1) / C::share_tokens;
 template <class C> constexpr int kShares = kHeadShares<C> * kTokenShares<C>;
 
-// The block's part in merging one unit: it writes items [begin, end) (of 4 columns) from `count` parts. count 1: none.
+// The block's part in merging one unit: it writes items [begin, end) (of 4 columns) from `count` parts. Of one part or
+// two there are no such items (gqa_merge.cuh).
 struct MergePlan {
   int row, kv_head;
   int first, count, first_is_later_slot;
@@ -42,8 +43,9 @@ template <class C> HELIX_DEVICE MergePlan plan_merge(const Shares& shares, const
   constexpr int items = kQueries<C> * C::head_dim / 4;
   const Parts parts(shares, unit);
   const int mine = block - parts.first;
+  const int shared = parts.count > 2 ? items : 0;
   return {unit.row, unit.kv_head, parts.first, parts.count, parts.first_is_later_slot,
-          items * mine / parts.count, items * (mine + 1) / parts.count, 0};
+          shared * mine / parts.count, shared * (mine + 1) / parts.count, 0};
 }
 
 template <class C>

@@ -4,33 +4,30 @@
 
 namespace helix {
 
-// What one computing warp knows of a unit. Lane l holds columns l % 4 * 2 + {0, 1} of each eight; the rows of o (of D)
-// and the tokens behind `sum` are spread over l / 4.
+// What one computing warp knows of a unit. Lane l holds columns l % 4 * 2 + {0, 1} of the warp's eight; the rows of o
+// (of D) and the tokens behind `sum` are spread over l / 4.
 template <class C> struct GqaState {
-  static constexpr int eights = GqaTile<C>::columns / 8, steps = C::head_dim / 16;
-  static constexpr int chains = 3 - eights;  // independent sums of a score: products to overlap
-  float o[steps][eights][4];
-  float largest[eights][2], sum[eights][2];  // of scores in units of log2; sum: this lane's tokens only
-  FragmentB q[steps][eights];
+  static constexpr int steps = C::head_dim / 16;
+  static constexpr int chains = 2;  // independent sums of a score: products to overlap
+  float o[steps][4];
+  float largest[2], sum[2];  // of scores in units of log2; sum: this lane's tokens only
+  FragmentB q[steps];
   GqaBounds<C> bounds;
 
-  HELIX_DEVICE void start(const GqaArguments& args, const GqaCursor& at, int lane) {
+  HELIX_DEVICE void start(const GqaArguments& args, const GqaCursor& at, int eight, int lane) {
     const bfloat16* query = args.q + first_group<C>(at.row, at.kv_head) * C::group * C::head_dim;
-    bounds.start(args, at.row, at.length, lane);
+    bounds.start(args, at.row, at.length, eight, lane);
+    const int column = eight * 8 + lane / 4;
 #pragma unroll
-    for (int n = 0; n < eights; ++n) {
-      const int column = n * 8 + lane / 4;
+    for (int step = 0; step < steps; ++step) {
 #pragma unroll
-      for (int step = 0; step < steps; ++step) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) o[step][n][i] = 0.0f;
-        const u32* words = reinterpret_cast<const u32*>(query + query_offset<C>(column) * C::head_dim + step * 16);
-        q[step][n].x[0] = has_query<C>(column) ? words[lane % 4] : 0;
-        q[step][n].x[1] = has_query<C>(column) ? words[lane % 4 + 4] : 0;
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) largest[n][i] = nothing(), sum[n][i] = 0.0f;
+      for (int i = 0; i < 4; ++i) o[step][i] = 0.0f;
+      const u32* words = reinterpret_cast<const u32*>(query + query_offset<C>(column) * C::head_dim + step * 16);
+      q[step].x[0] = has_query<C>(column) ? words[lane % 4] : 0;
+      q[step].x[1] = has_query<C>(column) ? words[lane % 4 + 4] : 0;
     }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) largest[i] = nothing(), sum[i] = 0.0f;
   }
 
   // The largest score of no token. A query that sees a tile but none of its tokens must not subtract -inf from -inf.
@@ -43,79 +40,66 @@ template <class C> struct GqaState {
     // the 16-byte pieces of each 128-byte row: piece p of row r is at p ^ (r % 8).
     const u32 k_row = k + u32(lane % 16) * 128, k_piece = u32((lane / 16) ^ (lane % 8)) * 16;
     const u32 v_row = v + u32(lane % 8 + lane / 16 * 8) * 128, v_piece = u32((lane / 8 % 2) ^ (lane % 8)) * 16;
-    float s[eights][chains][4] = {};
+    float s[chains][4] = {};
 #pragma unroll
-    for (int step = 0; step < steps; ++step) {
-      const FragmentA a = load_matrices(k_row + step / 4 * plane + (k_piece ^ (step % 4 * 32)));
-#pragma unroll
-      for (int n = 0; n < eights; ++n) multiply_add(s[n][step % chains], a, q[step][n]);
-    }
+    for (int step = 0; step < steps; ++step)
+      multiply_add(s[step % chains], load_matrices(k_row + step / 4 * plane + (k_piece ^ (step % 4 * 32))), q[step]);
     FragmentA values[steps];  // fetched before the weights are known
 #pragma unroll
     for (int step = 0; step < steps; ++step)
       values[step] = load_matrices_transposed(v_row + step / 4 * plane + (v_piece ^ (step % 4 * 32)));
-    FragmentB p[eights];
+    const FragmentB p = weigh(s, valid, lane);
 #pragma unroll
-    for (int n = 0; n < eights; ++n) p[n] = weigh(s[n], n, valid, lane);
-#pragma unroll
-    for (int step = 0; step < steps; ++step)
-#pragma unroll
-      for (int n = 0; n < eights; ++n) multiply_add(o[step][n], values[step], p[n]);
-  }
-
-  HELIX_DEVICE static float sum_of(const float (&dots)[chains][4], int i) {
-    return chains == 2 ? dots[0][i] + dots[chains - 1][i] : dots[0][i];
+    for (int step = 0; step < steps; ++step) multiply_add(o[step], values[step], p);
   }
 
   // Scores of 16 tokens to weights exp2(score - largest), rescaling what came before if the largest grew.
-  HELIX_DEVICE FragmentB weigh(const float (&dots)[chains][4], int n, int valid, int lane) {
+  HELIX_DEVICE FragmentB weigh(const float (&dots)[chains][4], int valid, int lane) {
     constexpr float scale = C::scale * 1.4426950408889634f;
     float s[4], most[2], rescale[2];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      s[i] = bounds.admit(n, i % 2, lane / 4 + i / 2 * 8, valid) ? sum_of(dots, i) * scale : minus_infinity();
+      s[i] = bounds.admit(i % 2, lane / 4 + i / 2 * 8, valid) ? (dots[0][i] + dots[1][i]) * scale : minus_infinity();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       most[i] = fmaxf(s[i], s[i + 2]);
 #pragma unroll
       for (int distance = 4; distance < kWarp; distance *= 2)
         most[i] = fmaxf(most[i], __shfl_xor_sync(0xffffffffu, most[i], distance));
-      most[i] = fmaxf(most[i], largest[n][i]);
-      rescale[i] = exp2_approximate(largest[n][i] - most[i]);
+      most[i] = fmaxf(most[i], largest[i]);
+      rescale[i] = exp2_approximate(largest[i] - most[i]);
     }
-    if (__any_sync(0xffffffffu, most[0] > largest[n][0] || most[1] > largest[n][1])) {
+    if (__any_sync(0xffffffffu, most[0] > largest[0] || most[1] > largest[1])) {
 #pragma unroll
       for (int step = 0; step < steps; ++step)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) o[step][n][i] *= rescale[i % 2];
+        for (int i = 0; i < 4; ++i) o[step][i] *= rescale[i % 2];
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[i] = exp2_approximate(s[i] - most[i % 2]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      sum[n][i] = sum[n][i] * rescale[i] + s[i] + s[i + 2];
-      largest[n][i] = most[i];
+      sum[i] = sum[i] * rescale[i] + s[i] + s[i + 2];
+      largest[i] = most[i];
     }
     return {{transpose(pack_bfloat16(s[0], s[1])), transpose(pack_bfloat16(s[2], s[3]))}};
   }
 
-  // To shared memory, for the reduction over the warps.
-  HELIX_DEVICE void store(GqaShared<C>& shared, u32 stage, int warp, int lane) {
+  // To shared memory, for the reduction over the slices.
+  HELIX_DEVICE void store(GqaShared<C>& shared, u32 stage, int slice, int eight, int lane) {
 #pragma unroll
-    for (int n = 0; n < eights; ++n)
+    for (int i = 0; i < 2; ++i) {
+      const int column = eight * 8 + lane % 4 * 2 + i;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int column = n * 8 + lane % 4 * 2 + i;
-#pragma unroll
-        for (int step = 0; step < steps; ++step) {
-          *shared.o(stage, warp, column, step * 16 + lane / 4) = o[step][n][i];
-          *shared.o(stage, warp, column, step * 16 + lane / 4 + 8) = o[step][n][i + 2];
-        }
-        float total = sum[n][i];
-#pragma unroll
-        for (int distance = 4; distance < kWarp; distance *= 2) total += __shfl_xor_sync(0xffffffffu, total, distance);
-        if (lane < 4) shared.largest[column][warp] = largest[n][i], shared.sum[column][warp] = total;
+      for (int step = 0; step < steps; ++step) {
+        *shared.o(stage, slice, column, step * 16 + lane / 4) = o[step][i];
+        *shared.o(stage, slice, column, step * 16 + lane / 4 + 8) = o[step][i + 2];
       }
+      float total = sum[i];
+#pragma unroll
+      for (int distance = 4; distance < kWarp; distance *= 2) total += __shfl_xor_sync(0xffffffffu, total, distance);
+      if (lane < 4) shared.largest[column][slice] = largest[i], shared.sum[column][slice] = total;
+    }
   }
 
   // V rows that hold no token become zero: 0 * NaN is NaN.

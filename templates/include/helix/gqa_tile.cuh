@@ -15,7 +15,7 @@ template <class C> struct GqaTile {
   static_assert(C::head_dim == 64 || C::head_dim == 128, "a token is a half, one or two lines of 128 bytes");
   static_assert(C::group >= 1 && C::query_tokens >= 1 && kQueries<C> <= 16 && C::tile == (C::fp8 ? 128 : 64));
   static_assert(C::block % 16 == 0 && (C::block % C::tile == 0 || C::tile % C::block == 0), "boxes fill a tile");
-  static constexpr int columns = kQueries<C> <= 8 ? 8 : 16;                  // queries, padded
+  static constexpr int eights = kQueries<C> <= 8 ? 1 : 2, columns = eights * 8;  // queries, padded
   static constexpr int page_rows = C::block < C::tile ? C::block : C::tile;  // tokens a box
   static constexpr int boxes = C::tile / page_rows;
   static constexpr int token_bytes = C::head_dim * (C::fp8 ? 1 : 2);
@@ -23,43 +23,43 @@ template <class C> struct GqaTile {
   static constexpr int plane_bytes = page_rows * 128;  // 64 columns of a box in bf16: one swizzled plane
   static constexpr int box_bytes = page_rows * token_bytes;
   static constexpr int matrix_bytes = C::tile * token_bytes;
-  static constexpr int warps = 4;  // that compute
-  static constexpr int warp_tokens = C::tile / warps;
+  static constexpr int slices = 4, slice_tokens = C::tile / slices;
+  static constexpr int warps = slices * eights;  // that compute: each a slice of the tile's tokens, for eight queries
   static constexpr int threads = warps * kWarp;
 
-  // Where a matrix of a stage has the first of a warp's tokens.
-  HELIX_DEVICE static int offset_of(int warp) {
-    const int token = warp * warp_tokens;
+  // Where a matrix of a stage has the first token of a slice.
+  HELIX_DEVICE static int offset_of(int slice) {
+    const int token = slice * slice_tokens;
     if constexpr (C::fp8) return token * token_bytes;
-    static_assert(C::fp8 || page_rows % warp_tokens == 0, "a warp's tokens lie in one page");
+    static_assert(C::fp8 || page_rows % slice_tokens == 0, "a slice's tokens lie in one page");
     return token / page_rows * box_bytes + token % page_rows * 128;
   }
 };
 
-// The scales of FP8, K's and V's, of each token in a stage; `at`: from a warp's first K token on.
+// The scales of FP8, K's and V's, of each token in a stage; `at`: from a slice's first K token on.
 template <class C, bool = C::fp8> struct GqaScales {
   HELIX_DEVICE const u8* at(u32, int) const { return nullptr; }
 };
 template <class C> struct GqaScales<C, true> {
   alignas(16) u8 of[C::stages][2][C::tile];
-  HELIX_DEVICE const u8* at(u32 stage, int warp) const { return of[stage][0] + warp * GqaTile<C>::warp_tokens; }
+  HELIX_DEVICE const u8* at(u32 stage, int slice) const { return of[stage][0] + slice * GqaTile<C>::slice_tokens; }
 };
 
 template <class C> struct GqaShared {
   using Tile = GqaTile<C>;
   alignas(1024) u8 stage[C::stages][2][Tile::matrix_bytes];  // K, V
-  float largest[Tile::columns][Tile::warps], sum[Tile::columns][Tile::warps];
+  float largest[Tile::columns][Tile::slices], sum[Tile::columns][Tile::slices];
   MergePlan merge[2];
   MergeShared<Tile::threads> merge_space;
   u64 full[C::stages], empty[C::stages];
   GqaScales<C> scales;
 
-  static_assert(Tile::warps * Tile::columns * C::head_dim * 4 <= 2 * Tile::matrix_bytes, "a stage holds all o");
-  // Where a stage keeps o[dim .. dim + 3] of a warp's column, `dim` a multiple of 4 or else one float. The swap of
+  static_assert(Tile::slices * Tile::columns * C::head_dim * 4 <= 2 * Tile::matrix_bytes, "a stage holds all o");
+  // Where a stage keeps o[dim .. dim + 3] of a slice's column, `dim` a multiple of 4 or else one float. The swap of
   // eights spreads the columns, which lanes write side by side, over the banks.
-  HELIX_DEVICE float* o(u32 in_stage, int warp, int column, int dim) {
+  HELIX_DEVICE float* o(u32 in_stage, int slice, int column, int dim) {
     float* all = reinterpret_cast<float*>(stage[in_stage][0]);
-    return all + (warp * Tile::columns + column) * C::head_dim + (dim ^ column / 2 % 4 * 8);
+    return all + (slice * Tile::columns + column) * C::head_dim + (dim ^ column / 2 % 4 * 8);
   }
 };
 
@@ -79,27 +79,24 @@ struct GqaArguments {
 // The largest score of no token where differences of largest scores are taken, whose sum of weights is then 0.
 constexpr float kLowest = -3.0e38f;
 
-// Which tokens the queries of this lane may attend: columns lane % 4 * 2 + {0, 1} of each eight.
+// Which tokens the queries of this lane may attend: columns lane % 4 * 2 + {0, 1} of the warp's eight.
 template <class C> struct GqaBounds {
-  static constexpr int eights = GqaTile<C>::columns / 8;
-  int behind[eights][2];  // tokens at the row's end that are not for this query
+  int behind[2];  // tokens at the row's end that are not for this query
 
-  HELIX_DEVICE void start(const GqaArguments& args, int row, int length, int lane) {
+  HELIX_DEVICE void start(const GqaArguments& args, int row, int length, int eight, int lane) {
     if constexpr (C::query_tokens == 1) return;
 #pragma unroll
-    for (int n = 0; n < eights; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int of_share = min((n * 8 + lane % 4 * 2 + i) / C::share_heads, C::share_tokens - 1);
-        int token = first_token_of_share<C>() + of_share;
-        if constexpr (kUneven<C>) token = min(token, C::query_tokens - 1);
-        behind[n][i] = length - args.lengths[row * C::query_tokens + token];
-      }
+    for (int i = 0; i < 2; ++i) {
+      const int of_share = min((eight * 8 + lane % 4 * 2 + i) / C::share_heads, C::share_tokens - 1);
+      int token = first_token_of_share<C>() + of_share;
+      if constexpr (kUneven<C>) token = min(token, C::query_tokens - 1);
+      behind[i] = length - args.lengths[row * C::query_tokens + token];
+    }
   }
   // Token `token` of some of which `valid` are in the row.
-  HELIX_DEVICE bool admit(int n, int i, int token, int valid) const {
+  HELIX_DEVICE bool admit(int i, int token, int valid) const {
     if constexpr (C::query_tokens == 1) return token < valid;
-    return token < valid - behind[n][i];
+    return token < valid - behind[i];
   }
 };
 

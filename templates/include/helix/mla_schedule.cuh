@@ -5,10 +5,13 @@
 //
 // A row is a run of 64-token tiles, as far as its last query token sees. Workers take tiles in order, near the average
 // of what is left, but a worker keeps whole rows, and less so equal pieces of a long row, where it has not much more
-// than the average then: every cut is a partial that must be written and merged. One thread decides; it is W + B short
-// steps, once a step of the model.
+// than the average then: every cut is a partial that must be written and merged.
+//
+// Who takes what depends on what is left, so one warp decides, worker by worker: a short step each, once a step of the
+// model. But workers that get one piece of the same row each are found 32 at a time: lane i looks whether worker + i
+// would take piece i, if those before it took theirs.
 #pragma once
-#include "helix/element.cuh"
+#include "helix/warp.cuh"
 
 namespace helix {
 
@@ -38,6 +41,12 @@ HELIX_DEVICE int quotient(int a, int b) {
 
 HELIX_DEVICE int tiles_of(int length) { return (length + kTileTokens - 1) / kTileTokens; }
 
+// How many lanes of the warp there are before the first for which `holds` does not.
+HELIX_DEVICE int lanes_before_other(bool holds) {
+  const u32 others = ~__ballot_sync(0xffffffffu, holds);
+  return others ? __ffs(int(others)) - 1 : kWarp;
+}
+
 // A row's largest bound: bounds rise from one query token to the next.
 template <int kRowTokens> HELIX_DEVICE int longest(const int* lengths, int row) {
   return lengths[row * kRowTokens + kRowTokens - 1];
@@ -46,7 +55,7 @@ template <int kRowTokens> HELIX_DEVICE int longest(const int* lengths, int row) 
 template <int kRowTokens>
 HELIX_DEVICE void make_schedule(Schedule out, const int* lengths, int rows, int workers) {
   constexpr int kCached = 2048;
-  __shared__ int lanes[32], cached[kCached];
+  __shared__ int lanes[kWarp], cached[kCached];
   int mine = 0;
   for (int row = threadIdx.x; row < rows; row += blockDim.x) {
     const int length = longest<kRowTokens>(lengths, row);
@@ -54,21 +63,67 @@ HELIX_DEVICE void make_schedule(Schedule out, const int* lengths, int rows, int 
     if (row < kCached) cached[row] = length;
   }
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, distance);
-  if (threadIdx.x % 32 == 0) lanes[threadIdx.x / 32] = mine;
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, distance);
+  if (threadIdx.x % kWarp == 0) lanes[threadIdx.x / kWarp] = mine;
   __syncthreads();
-  if (threadIdx.x != 0) return;
+  if (threadIdx.x >= kWarp) return;
+  const int lane = threadIdx.x;
   int left = 0;
-  for (int warp = 0; warp < int(blockDim.x) / 32; ++warp) left += lanes[warp];
+  for (int warp = 0; warp < int(blockDim.x) / kWarp; ++warp) left += lanes[warp];
 
   const int average = (left + workers - 1) / workers;
   // Measured: cutting a row that could stay whole costs about the time of six tiles, one that is cut anyway, of one.
   const int most_whole = average + min(average / 16, 6), most_cut = average + min(average / 48, 1);
   int row = 0, at = 0, others = workers, partial = 0, splits = 0, row_first_partial = 0;
-  int length = rows > 0 ? cached[0] : 0;
-  for (int worker = 0; worker < workers; ++worker) {
+  const auto length_of = [&](int row) {
+    return row >= rows ? 0 : row < kCached ? cached[row] : longest<kRowTokens>(lengths, row);
+  };
+  int length = length_of(0);
+  // `take` tiles of the row, in `pieces` segments, are dealt.
+  const auto advance = [&](int take, int pieces, bool whole) {
+    if (!whole && at == 0) row_first_partial = partial;
+    if (!whole) partial += pieces;
+    left -= take, at += take;
+    if (at < tiles_of(length)) return;
+    if (!whole && lane == 0) out.split[splits] = {row, row_first_partial, partial - row_first_partial, 0};
+    if (!whole) ++splits;
+    at = 0, length = length_of(++row);
+  };
+
+  int worker = 0;
+  while (worker < workers && row < rows) {
+    const int workers_left = workers - worker, tiles = tiles_of(length), rest = tiles - at;
+    const int share = quotient(left + workers_left - 1, workers_left);
+
+    // A worker each: equal pieces of the row while they are no less than its share, or its share while that is no less
+    // than an equal piece of what is left of the row.
+    int size, larger, before, piece;
+    const auto cut = [&](int all, int pieces) {  // the larger pieces first; each lane has one
+      size = quotient(all, pieces), larger = all - size * pieces;
+      before = size * lane + min(lane, larger), piece = size + (lane < larger);
+    };
+    const int most = at == 0 ? most_whole : most_cut, then_left = workers_left - lane;
+    const int pieces = rest > most ? quotient(rest + most_cut - 1, most_cut) : 1;
+    cut(rest, pieces);
+    int taking = lanes_before_other(lane < pieces && then_left > 1 &&
+                                    quotient(left - before + then_left - 1, then_left) <= piece);
+    if (taking == 0) {
+      cut(left, workers_left);
+      const int then_rest = rest - before, then_pieces = quotient(max(then_rest, 1) + most_cut - 1, most_cut);
+      taking = lanes_before_other(then_rest > piece && quotient(then_rest + then_pieces - 1, then_pieces) <= piece);
+    }
+    if (taking > 0) {
+      const bool whole = size == tiles;
+      if (lane < taking)
+        out.segments[worker + lane] = {
+            row, length, at + before, at + before + piece, whole ? 0 : partial + lane, whole ? 1 : 0, 1, others};
+      advance(size * taking + min(taking, larger), taking, whole);
+      worker += taking;
+      continue;
+    }
+
+    // One worker: pieces of several rows.
     Segment first = {0, 0, 0, 0, 0, 0, 0, others};
-    const int workers_left = workers - worker, share = quotient(left + workers_left - 1, workers_left);
     int load = 0;
     while (row < rows) {
       const int tiles = tiles_of(length), rest = tiles - at;
@@ -76,30 +131,26 @@ HELIX_DEVICE void make_schedule(Schedule out, const int* lengths, int rows, int 
       if (load + rest > (at == 0 ? most_whole : most_cut) && workers_left > 1) {
         const int room = share - load;
         if (load > 0 && room < share / 8 + 1) break;
-        const int pieces = quotient(rest + most_cut - 1, most_cut), piece = quotient(rest + pieces - 1, pieces);
-        take = load == 0 && piece > room ? piece : room;
-        if (take > rest) take = rest;
+        take = min(room, rest);
       }
       if (take == 0 && load > 0 && tiles > 0) break;
-      const bool whole = take == tiles;
-      if (!whole && at == 0) row_first_partial = partial;
+      const bool whole = take == tiles, ends = at + take == tiles;
       const Segment segment = {row, length, at, at + take, whole ? 0 : partial, whole ? 1 : 0, 0, 0};
       if (first.count++ == 0) {
         first = segment, first.count = 1, first.more = others;
       } else {
-        out.segments[others++] = segment;
+        if (lane == 0) out.segments[others] = segment;
+        ++others;
       }
-      if (!whole) ++partial;
-      load += take, left -= take, at += take;
-      if (at < tiles) break;
-      if (!whole) out.split[splits++] = {row, row_first_partial, partial - row_first_partial, 0};
-      ++row, at = 0;
-      if (row < rows) length = row < kCached ? cached[row] : longest<kRowTokens>(lengths, row);
-      if (load >= share && workers_left > 1) break;
+      load += take;
+      advance(take, 1, whole);
+      if (!ends || (load >= share && workers_left > 1)) break;
     }
-    out.segments[worker] = first;
+    if (lane == 0) out.segments[worker] = first;
+    ++worker;
   }
-  *out.split_count = splits;
+  for (worker += lane; worker < workers; worker += kWarp) out.segments[worker] = {0, 0, 0, 0, 0, 0, 0, others};
+  if (lane == 0) *out.split_count = splits;
 }
 
 }  // namespace helix

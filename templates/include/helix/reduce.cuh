@@ -50,6 +50,12 @@ HELIX_DEVICE void reduce(typename C::Element* sum_out, typename C::Element* norm
     const i64 half = group.half();
     return reinterpret_cast<Vector16*>(group.inbox(inbox)) + ((half * C::members + sender) * max_rows + row) * vectors;
   };
+  Vector16 factors[rounds];  // weights: nobody's result
+#pragma unroll
+  for (int round = 0; round < rounds; ++round) {
+    const int i = round * C::threads + thread;
+    if (weight && i < vectors) factors[round] = vector(weight, i);
+  }
   wait_for_previous_kernels();
   let_next_kernel_start();
 
@@ -59,13 +65,11 @@ HELIX_DEVICE void reduce(typename C::Element* sum_out, typename C::Element* norm
     for (int i = thread; i < vectors; i += C::threads) store_to_peer(to + i, sendable(vector(x, first + i)));
   }
 
-  Vector16 before[rounds], factors[rounds];  // loaded before the wait
+  Vector16 before[rounds];  // loaded before anything has arrived
 #pragma unroll
   for (int round = 0; round < rounds; ++round) {
     const int i = round * C::threads + thread;
-    if (i >= vectors) continue;
-    if (residual) before[round] = vector(residual, first + i);
-    if (weight) factors[round] = vector(weight, i);
+    if (residual && i < vectors) before[round] = vector(residual, first + i);
   }
 
   float sum[rounds][width], squares = 0.0f;

@@ -12,7 +12,7 @@ struct Config {
 };
 
 static_assert(sizeof(helix::GqaShared<Config>) <= 135168, "the launch gives too little shared memory");
-static_assert(helix::GqaTile<Config>::threads + helix::kWarp == 160, "four warps compute, one copies");
+static_assert(helix::GqaTile<Config>::threads + helix::kWarp == 160, "all warps but one compute");
 
 #if 1 > 1
 #define CLUSTER_DIMS __cluster_dims__(1, 1, 1)

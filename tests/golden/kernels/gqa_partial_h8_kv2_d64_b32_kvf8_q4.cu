@@ -11,8 +11,8 @@ struct Config {
   static constexpr helix::Overlap overlap = helix::Overlap::old_tokens;
 };
 
-static_assert(sizeof(helix::GqaShared<Config>) <= 137216, "the launch gives too little shared memory");
-static_assert(helix::GqaTile<Config>::threads + helix::kWarp == 160, "four warps compute, one copies");
+static_assert(sizeof(helix::GqaShared<Config>) <= 140288, "the launch gives too little shared memory");
+static_assert(helix::GqaTile<Config>::threads + helix::kWarp == 288, "all warps but one compute");
 
 #if 1 > 1
 #define CLUSTER_DIMS __cluster_dims__(1, 1, 1)
@@ -20,7 +20,7 @@ static_assert(helix::GqaTile<Config>::threads + helix::kWarp == 160, "four warps
 #define CLUSTER_DIMS
 #endif
 
-extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(160, 1)
+extern "C" __global__ void CLUSTER_DIMS __launch_bounds__(288, 1)
 gqa_partial_h8_kv2_d64_b32_kvf8_q4(const __grid_constant__ helix::TensorMap k, const __grid_constant__ helix::TensorMap v, helix::bfloat16* o,
            float* lse, float* part_o, float* part_lse, const helix::bfloat16* q, const int* page_table,
            const int* lengths, const int* schedule, int rows, int max_pages, const helix::u8* k_scale,
