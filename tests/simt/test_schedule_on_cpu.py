@@ -135,7 +135,6 @@ def test_a_row_is_as_long_as_its_last_query_token_sees(seed: int) -> None:
 BUGS = [
     Bug("mla_schedule", "then_left > 1 &&", ""),
     Bug("mla_schedule", "then_left) <= piece);", "then_left) <= piece + 1);"),
-    Bug("mla_schedule", "then_pieces) <= piece);", "then_pieces) <= piece + 1);"),
     Bug("mla_schedule", "then_rest > piece &&", "then_rest > 0 &&"),
     Bug("mla_schedule", "lane < pieces && ", ""),
     Bug("mla_schedule", "min(lane, larger)", "0"),
@@ -144,7 +143,6 @@ BUGS = [
     Bug("mla_schedule", "worker += lane; worker < workers", "worker += lane + 1; worker < workers"),
     Bug("mla_schedule", "if (!whole && at == 0) row_first_partial", "if (!whole) row_first_partial"),
     Bug("mla_schedule", "room < share / 8 + 1", "room < 1"),
-    Bug("mla_schedule", "take = min(room, rest);", "take = room;"),
     Bug("mla_schedule", "min(average / 16, 6)", "0"),
     Bug("mla_schedule", "min(average / 48, 1)", "0"),
     Bug("mla_schedule", "  ++others;", ""),

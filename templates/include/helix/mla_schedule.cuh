@@ -131,7 +131,9 @@ HELIX_DEVICE void make_schedule(Schedule out, const int* lengths, int rows, int 
       if (load + rest > (at == 0 ? most_whole : most_cut) && workers_left > 1) {
         const int room = share - load;
         if (load > 0 && room < share / 8 + 1) break;
-        take = min(room, rest);
+        const int pieces = quotient(rest + most_cut - 1, most_cut), piece = quotient(rest + pieces - 1, pieces);
+        take = load == 0 && piece > room ? piece : room;  // the former only after rows without tokens
+        if (take > rest) take = rest;
       }
       if (take == 0 && load > 0 && tiles > 0) break;
       const bool whole = take == tiles, ends = at + take == tiles;
