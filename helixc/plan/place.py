@@ -144,8 +144,9 @@ def _workspace(model: Model, layout: Layout, heads: int) -> int:
     exchanged = model.arch.exchanged_dim(layout.exchange_space)
     # The portable kernels' partials of every row, or Hopper's: two a multiprocessor and group, whatever the rows.
     splits = max(MAX_SPLITS * rows, layout.hop.groups * 2 * MAX_PROCESSORS * heads) * (width + 1) * 4
-    # Kernels that merge as they send give every piece of a head an LSE.
-    exchange = 2 * rows * (exchanged * size + 4 * max(1, exchanged // PIECE_COLUMNS))
+    # What merges as it sends, of latent attention, gives every piece of a head an LSE.
+    pieces = width // PIECE_COLUMNS if model.arch.mla and exchanged == width else 1
+    exchange = 2 * rows * (exchanged * size + 4 * pieces)
     kept = rows * width * size if exchanged != width else 0
     inboxes = 2 * layout.mapping.ffn_tp * _one_shot_rows(model, layout) * model.arch.hidden_size
     return splits + exchange + kept + inboxes * size

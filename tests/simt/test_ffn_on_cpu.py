@@ -32,6 +32,7 @@ from tests.gpu.ffn_cases import (
     random_case,
     random_mlp,
     want_mixture,
+    want_mlp,
 )
 from tests.simt.bugs import Bug, planted
 from tests.simt.cpu_kernel import ASYNCHRONY, CpuKernel, Gpu, KernelFault, cpu_ffn
@@ -119,14 +120,15 @@ def test_columns_that_pad_an_expert_add_nothing(tmp_path: Path, monkeypatch: pyt
 
 
 def test_many_tokens_are_torch_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Also projections whose memory no load fits."""
+    """Also projections whose memory no load fits. Torch rounds what lies between two products to bfloat16."""
     shape = ffn(V3_LITE, 64, 16, 8, 24)
     kernels = cpu_ffn(shape, 8, tmp_path, monkeypatch, gpu(seed))
     generator = torch.Generator().manual_seed(seed)
     case = random_case(shape, 9, generator)
     monkeypatch.setattr(CpuKernel, "launch", never)
     check_rows(kernels.mixture(case.x, case.weights), want_mixture(case), 2e-2)
-    check_mlp(kernels.mlp, case.x, random_mlp(64, 24, generator))
+    mlp = random_mlp(64, 24, generator)
+    check_rows(kernels.mlp(case.x, mlp), want_mlp(case.x, mlp), 2e-2)
     check_linear(kernels.linear, case.x, case.weights.router)
     check_linear(kernels.linear, case.x[:2, 1:], case.weights.router[:, 1:])
 
