@@ -64,8 +64,9 @@ def alone(artifact: Artifact, rank: Rank, device: torch.device, patience: float)
     """What make_comm makes, for a rank without its peers."""
     if device.type == "cpu":
         return Echo(rank)
-    kernels = [kernel for kernel in artifact.plan.kernels if kernel.name in rank.kernels]
-    return Loopback(rank, {}, artifact.plan.instance_of(rank), kernels, artifact.directory, device, patience)
+    return Loopback(
+        rank, {}, artifact.plan.instance_of(rank), artifact.plan.kernels_of(rank), artifact.directory, device, patience
+    )
 
 
 @contextmanager

@@ -25,11 +25,12 @@ from helixc.codegen.problem import KernelSpec
 from helixc.codegen.select import select
 from helixc.launch.host import free_port
 from helixc_runtime.attention_shape import attention_shape
+from helixc_runtime.comm import backend_for
 from helixc_runtime.ffn_cuda import ARGUMENTS as FFN_ARGUMENTS
 from helixc_runtime.manifest import Kernel, Plan
 from helixc_runtime.one_sided import OneSidedComm
 from helixc_runtime.ops_cuda import CudaOps
-from tests.deployments import plan_of, role
+from tests.deployments import on_gpus, plan_of, role
 
 _spawn = multiprocessing.get_context("spawn")
 GRACE_S = 10.0  # for the other process, once one has ended
@@ -155,11 +156,11 @@ def _process(
     pipe: Connection,
 ) -> None:
     try:
-        gpus = torch.cuda.device_count()
-        device = torch.device("cuda", index % gpus)
+        plan = on_gpus(plan, torch.cuda.device_count())
+        device = torch.device("cuda", plan.ranks[index].device)
         torch.cuda.set_device(device)
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=index, world_size=2)
-        group = dist.new_group([0, 1], backend="nccl" if gpus > 1 else "gloo")
+        group = dist.new_group([0, 1], backend=backend_for(plan, (0, 1), device))
         rank, kernels = plan.ranks[index], plan.kernels
         groups = {"cp": group, "ffn_tp": group}
         with torch.inference_mode():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from helixc.model import read_model
@@ -59,3 +60,11 @@ def spec(model: str, context: RoleSpec | None, generation: RoleSpec, **fields: A
 def plan_of(model: str, context: RoleSpec | None, generation: RoleSpec, **fields: Any) -> Plan:
     """The plan, not verified, without kernels."""
     return place(lower(spec(model, context, generation, **fields), read_model(model)), lambda *_: ())
+
+
+def on_gpus(plan: Plan, gpus: int) -> Plan:
+    """`plan` with its ranks on the first `gpus` GPUs of their host, even if those of a group must share them.
+
+    No deployment file can ask for that. What the ranks compute is the same, at the pace of the driver's time slices.
+    """
+    return replace(plan, ranks=tuple(replace(rank, device=rank.device % gpus) for rank in plan.ranks))

@@ -120,7 +120,7 @@ def make_comm(artifact: Artifact, rank: Rank, connection: Connection, device: to
         return TorchComm(rank, connection.compute)
     from helixc_runtime.one_sided import OneSidedComm  # needs cuda-bindings, as CudaOps
 
-    kernels = [kernel for kernel in artifact.plan.kernels if kernel.name in rank.kernels]
+    kernels = artifact.plan.kernels_of(rank)
     return OneSidedComm(rank, connection.compute, instance, kernels, artifact.directory, device, patience)
 
 
@@ -136,8 +136,7 @@ def make_writer(
 
     if device.type == "cpu":
         return TorchPageWriter(plan, rank, handle_of)
-    kernels = [kernel for kernel in plan.kernels if kernel.name in rank.kernels]
-    return CudaPageWriter(PageKernel(plan, rank, kernels, folder, device), device, handle_of)
+    return CudaPageWriter(PageKernel(plan, rank, plan.kernels_of(rank), folder, device), device, handle_of)
 
 
 def load_decoder(plan: Plan, rank: Rank, comm: Comm, device: torch.device, emit: Emitter) -> Decoder:
@@ -167,7 +166,7 @@ def _device_ops(artifact: Artifact, rank: Rank, device: torch.device, emit: Emit
     from helixc_runtime.ops_cuda import CudaOps  # needs cuda-bindings, which a CPU launch does not
 
     emit.emit("stage", stage="kernels", done=0, total=len(rank.kernels))
-    kernels = [kernel for kernel in artifact.plan.kernels if kernel.name in rank.kernels]
+    kernels = artifact.plan.kernels_of(rank)
     return CudaOps(shape, kernels, artifact.directory, device, ffn, artifact.plan.instance_of(rank).hop)
 
 

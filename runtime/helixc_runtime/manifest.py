@@ -357,6 +357,10 @@ class Plan:
     def instance_of(self, rank: Rank) -> Instance:
         return next(i for i in self.instances if (i.role, i.index) == (rank.role, rank.instance))
 
+    def kernels_of(self, rank: Rank) -> list[Kernel]:
+        """The kernels that `rank` runs, for every architecture."""
+        return [kernel for kernel in self.kernels if kernel.name in rank.kernels]
+
     def shares(self, source: Rank, target: Rank) -> bool:
         """Whether context rank `source` writes its KV into the pages of generation rank `target`, its peer."""
         return source.node == target.node and self.instance_of(source).handoff == "peer"

@@ -169,6 +169,10 @@ class _Messages:
         self._device, self._dtype = comm._device, getattr(torch, str(kernel.params["dtype"]))
         self._early = load_kernel(kernel, artifact_dir, self._device)
         self._in_order = load_kernel(kernel, artifact_dir, self._device, early=False) if in_order else self._early
+        self._resident = 0  # thread blocks that merge, of those the GPU holds at once
+        if kernel.template == "merge_exchange":
+            processors = torch.cuda.get_device_properties(self._device).multi_processor_count
+            self._resident = processors * int(kernel.params["blocks"])
         self.progress = torch.zeros(2, dtype=torch.int32, device=self._device)  # Progress of inbox.cuh
         self._inboxes = comm.open_inboxes(message_bytes(kernel, rows), group, self.members, self._index)
 
@@ -179,8 +183,7 @@ class _Messages:
         params = self.kernel.params
         heads, width = int(params["out_heads"]) * self.members, int(params["partial_dim"])
         expect_shape("the splits' o", splits.o, (len(splits.lse), heads * int(params["row_tokens"]), width))
-        processors = torch.cuda.get_device_properties(self._device).multi_processor_count
-        return min(processors * int(params["blocks"]), rows * heads * pieces_of(self.kernel))
+        return min(self._resident, rows * heads * pieces_of(self.kernel))
 
     def launch(
         self, blocks: int, tensors: Sequence[Tensor | None], sizes: tuple[int, ...], call: int, *, early: bool = True

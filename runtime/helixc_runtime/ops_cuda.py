@@ -59,7 +59,7 @@ ARGUMENTS = {
     **FFN_ARGUMENTS,
 }
 EXCHANGES = ("exchange", "merge_exchange")
-# Of these, absorb reads weights before it waits, merge_exchange the schedule; the others wait first.
+# Of these, absorb and reduce read weights before they wait, merge_exchange the schedule; the others wait first.
 _EARLY = EARLY | FFN_EARLY | {*EXCHANGES, "reduce", "argmax", "embed", "absorb"}
 _NO_GROUP = (0,) * 7  # what one rank's reduction and argmax have for the arguments that are a group's
 

@@ -22,7 +22,7 @@ from helixc.plan.lower import lower
 from helixc.plan.place import place, with_kernels
 from helixc.plan.verify import verify
 from helixc.spec.spec import Hardware, RoleSpec
-from tests.deployments import spec
+from tests.deployments import on_gpus, spec
 
 
 def compiled(
@@ -37,8 +37,7 @@ def compiled(
 ) -> Path:
     """An artifact of a built-in geometry with random weights, cut to `layers`, 16 experts and 1000 words.
 
-    On fewer than `gpus` GPUs (by default those of this machine) than it has ranks, ranks of a group share them, which
-    no deployment file can ask for: what they compute is the same, at the pace of the driver's time slices.
+    For `gpus` GPUs, by default those of this machine: see on_gpus.
     """
     arch = read_model(model)
     if layers is not None:
@@ -52,8 +51,7 @@ def compiled(
     context, generation = (replace(role, max_seq_len=max_seq_len) for role in (context, generation))
     plan = place(lower(spec(model, context, generation, **fields), arch), partial(names_for, ("sm_90a",)))
     verify(plan)
-    gpus = gpus or torch.cuda.device_count()
-    plan = replace(plan, ranks=tuple(replace(rank, device=rank.device % gpus) for rank in plan.ranks))
+    plan = on_gpus(plan, gpus or torch.cuda.device_count())
     cubins = compile_all(render_all(select(plan, ("sm_90a",))))
     plan = with_kernels(plan, tuple(cubin.kernel() for cubin in cubins))
     write(directory, plan, "", {cubin.directory.name: cubin.directory for cubin in cubins}, nvrtc=None)

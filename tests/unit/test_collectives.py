@@ -20,12 +20,12 @@ from helixc.plan.rendezvous import Op, flaws
 from helixc.spec.spec import Hardware
 from helixc_runtime import comm
 from helixc_runtime.attention_shape import attention_shape
-from helixc_runtime.comm import TorchComm
+from helixc_runtime.comm import TorchComm, backend_for
 from helixc_runtime.job import Request
 from helixc_runtime.manifest import Plan, Rank, local_length, split
 from helixc_runtime.ops import Partial
 from helixc_runtime.ops_torch import TorchOps
-from tests.deployments import plan_of, role
+from tests.deployments import on_gpus, plan_of, role
 from tests.threads import Call, ThreadDist, calls_of
 
 # --- What the runtime does --------------------------------------------------------------------------------------
@@ -281,3 +281,13 @@ def _stuck_in_any_order(programs: dict[int, list[Op]]) -> bool:
         for rank in random.choice(able).ranks:
             left[rank].pop(0)
     return False
+
+
+def test_ranks_that_share_a_gpu_do_without_nccl() -> None:
+    """Context and generation may share one; two of a group only where a test has put them."""
+    plan = plan_of("llama-3.1-8b", role(), role(cp=2), hardware=Hardware(1, 2, True))
+    gpu, group = torch.device("cuda", 0), plan.ranks[1].groups.cp
+    assert backend_for(plan, group, gpu) == "nccl"
+    assert backend_for(plan, group, torch.device("cpu")) == "gloo"
+    assert backend_for(on_gpus(plan, 1), group, gpu) == "gloo"
+    assert on_gpus(plan, 2) == plan
