@@ -28,6 +28,7 @@ class Decoding:
         self.deadline_s = deadline_s
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self._said: list[str] = []
+        self.pids: dict[int, int] = {}
         self._decodes = threading.Event()
         self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read_stderr, self._read_stdout)]
         self._stdout = ""
@@ -35,8 +36,7 @@ class Decoding:
             reader.start()
 
     def __enter__(self) -> Decoding:
-        assert self._decodes.wait(120) and self._process.poll() is None, "".join(self._said)
-        self.pids = ranks_under(self._process.pid)
+        assert self._decodes.wait(120) and self.pids, "".join(self._said)
         time.sleep(0.1)  # in the midst of steps
         return self
 
@@ -61,6 +61,7 @@ class Decoding:
         for line in self._process.stderr:
             self._said.append(line)
             if line.rstrip().endswith("] decoding"):
+                self.pids = ranks_under(self._process.pid)
                 self._decodes.set()
         self._decodes.set()  # nothing more will come
 

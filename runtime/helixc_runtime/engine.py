@@ -290,7 +290,9 @@ class Generation:
     logits and choose the same tokens, which admission confirms. In several stages every token takes the way over the
     host, by broadcast.
 
-    Which requests start, and when, is the leader's decision: it alone sees which prompts are ready.
+    Which requests start, and when, is the leader's decision: it alone sees which prompts are ready. As the batch a row
+    is in decides the order of its sums, two runs may differ in their last bits; HELIXC_DETERMINISTIC=1 has the leader
+    wait for each prompt that there is room for, so that the steps of all runs have the same rows.
     """
 
     def __init__(self, session: Session, ops: Ops, cache: KvCache, scheduler: Scheduler) -> None:
@@ -306,6 +308,7 @@ class Generation:
         self.decided = 0  # requests that were admitted, or were at their end before
         self.stored = 0
         self.finished = 0
+        self._deterministic = read_switches().deterministic
         self._changed = False  # rows have come or gone since the last step
         self._digest = 0  # of all tokens that were read
 
@@ -314,8 +317,8 @@ class Generation:
         self.step.capture(sampled=any(request.temperature > 0 for request in self.requests.values()))
         self.session.emit.emit("stage", stage="ready", done=1, total=1)
         while self.finished < len(self.requests):
-            if self.decided < len(self.requests) and len(self.rows) < self.session.instance.max_batch_size:
-                self._admit()
+            while self._has_room() and self._admit() and self._deterministic:
+                pass
             self.advance()
         self._decide([])
         self.session.emit.emit("kv_tokens", tokens=self.stored)
@@ -334,8 +337,12 @@ class Generation:
 
     # --- Admission ---
 
-    def _admit(self) -> None:
-        """Take in the requests that the leader found ready, and their KV."""
+    def _has_room(self) -> bool:
+        """Whether a request is left, and a row for it."""
+        return self.decided < len(self.requests) and len(self.rows) < self.session.instance.max_batch_size
+
+    def _admit(self) -> bool:
+        """Take in the requests that the leader found ready, and their KV. Whether there were any."""
         decided = self._decide(self._ready() if self.session.leads else [])
         for index, token in zip(decided[::2], decided[1::2], strict=True):
             self.decided += 1
@@ -348,6 +355,7 @@ class Generation:
                 self.cache.reserve(row)
                 self._receive(request, row)
             self.join(row)
+        return bool(decided)
 
     def _decide(self, found: list[int]) -> list[int]:
         """`found` of the leader, on every rank. Raises RuntimeError on a rank that has read other tokens than it."""
@@ -375,11 +383,14 @@ class Generation:
         return min(set(range(len(self.cache.table))) - {row.slot for row in self.rows})
 
     def _ready(self) -> list[int]:
-        """[index, first token, ...] of the requests to admit now; waits for one if there is nothing else to do."""
+        """[index, first token, ...] of the requests to admit now; waits for one if there is nothing else to do.
+
+        Or if every run is to start it in the same step; not for a second: its sender may wait till the first is taken.
+        """
         found: list[int] = []
         while (request := self.scheduler.head()) and len(found) < 2 * self.session.instance.max_batch_size:
             if not self.session.connection.store.check([_ready_key(request)]):
-                if self.rows or found:
+                if found or (self.rows and not self._deterministic):
                     break
                 time.sleep(POLL_S)
                 continue

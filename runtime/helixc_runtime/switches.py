@@ -18,6 +18,7 @@ class Switches:
     log_launches: bool = False
     check_nan: bool = False
     eager: bool = False
+    deterministic: bool = False
 
     @property
     def graphs(self) -> bool:
@@ -43,4 +44,5 @@ def read_switches(environment: Mapping[str, str] | None = None) -> Switches:
         log_launches=on("HELIXC_LOG_LAUNCHES"),
         check_nan=on("HELIXC_CHECK_NAN"),
         eager=on("HELIXC_EAGER"),
+        deterministic=on("HELIXC_DETERMINISTIC"),
     )

@@ -6,6 +6,7 @@ the steps that --verify sees are launched one by one, and a second launch, of ca
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ WHOLE = 3 if SHARED else None  # layers: those of two ranks wait for each other 
 
 
 def verified(artifact: Path, lengths: list[int], max_tokens: int, directory: Path, seed: int) -> dict[str, Any]:
-    """What a launch with --verify reports."""
+    """What a launch with --verify reports. Requests start in the same steps whenever their prompts are ready."""
+    run = partial(launch, artifact, lengths, max_tokens, HELIXC_DETERMINISTIC="1")
     if not SHARED:
-        return launch(artifact, lengths, max_tokens, directory, seed, "--verify")
-    found = launch(artifact, lengths, max_tokens, directory / "eager", seed, "--verify", HELIXC_EAGER="1")
-    again = launch(artifact, lengths, max_tokens, directory / "captured", seed)
+        return run(directory, seed, "--verify")
+    found = run(directory / "eager", seed, "--verify", HELIXC_EAGER="1")
+    again = run(directory / "captured", seed)
     assert tokens_of(again) == tokens_of(found)
     return found
 
