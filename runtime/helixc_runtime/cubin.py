@@ -12,6 +12,11 @@ import torch
 
 _FORMATS = {"pointer": "Q", "int32": "i"}  # of struct; a "map" is passed where it lies
 _STATIC_SHARED = 48 * 1024  # bytes a thread block may have without asking
+# Per cent of what can be shared memory of a multiprocessor that is. The rest is L1, where loads under way lie: with all
+# shared, half the bandwidth is left. 64 KiB hold two thread blocks of the kernels that read weights. They all ask for
+# the same: only an empty multiprocessor can change it, and one on which they follow each other is never empty.
+_SHARED_PERCENT, _ALL_SHARED = 28, 100
+_SMALL = 31 * 1024  # bytes of shared memory of a thread block, two of which fit
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 
 
@@ -93,10 +98,7 @@ class LoadedKernel:
             library = self._check(driver.cuLibraryLoadData(path.read_bytes(), [], [], 0, [], [], 0), path)
             kernel = self._check(driver.cuLibraryGetKernel(library, name.encode()), path)
             function = self._check(driver.cuKernelGetFunction(kernel), path)
-            if shared > _STATIC_SHARED:
-                attributes = driver.CUfunction_attribute
-                most = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                self._check(driver.cuFuncSetAttribute(function, most, shared), path)
+            self._divide_memory(function, shared, path)
         self._function = int(function)
         self._arguments = _Arguments(name, arguments)
         self._config = _launch_config(threads, shared, early)
@@ -105,6 +107,17 @@ class LoadedKernel:
         self._launch.argtypes = (ctypes.c_void_p,) * 4
         # What torch.cuda.current_stream looks up, without the object around it: Triton and Inductor launch this way.
         self._stream_of = torch._C._cuda_getCurrentRawStream
+
+    def _divide_memory(self, function: Any, shared: int, path: Path) -> None:
+        """Ask for `shared` bytes of dynamic shared memory, and for as much L1 as two thread blocks leave."""
+        driver, attributes = self._driver, self._driver.CUfunction_attribute
+        static = self._check(driver.cuFuncGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function), path)
+        percent = _SHARED_PERCENT if static + shared <= _SMALL else _ALL_SHARED
+        wanted = {attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT: percent}
+        if shared > _STATIC_SHARED:
+            wanted[attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES] = shared
+        for attribute, value in wanted.items():
+            self._check(driver.cuFuncSetAttribute(function, attribute, value), path)
 
     def launch(self, grid: tuple[int, int, int], *values: int | ctypes.Array[ctypes.c_uint8]) -> None:
         """Enqueue one launch with `values` (device addresses, int32s, tensor maps) on torch's current stream."""

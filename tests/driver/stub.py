@@ -49,6 +49,7 @@ class Driver:
         self._device = ctypes.c_int.in_dll(self._library, "current_device")
         self.restart()
         self.attributes: list[tuple[Any, ...]] = []  # of cuFuncSetAttribute
+        self.static_shared = 0  # bytes, of every kernel
         self._patch_bindings(monkeypatch)
         self._patch_torch(monkeypatch)
 
@@ -87,6 +88,7 @@ class Driver:
         monkeypatch.setattr(driver, "cuLibraryLoadData", lambda *_: (success, driver.CUlibrary(1)))
         monkeypatch.setattr(driver, "cuLibraryGetKernel", lambda *_: (success, driver.CUkernel(2)))
         monkeypatch.setattr(driver, "cuKernelGetFunction", lambda *_: (success, driver.CUfunction(FUNCTION)))
+        monkeypatch.setattr(driver, "cuFuncGetAttribute", lambda *_: (success, self.static_shared))
         monkeypatch.setattr(driver, "cuFuncSetAttribute", set_attribute)
         monkeypatch.setattr(driver, "cuTensorMapEncodeTiled", lambda *_: (success, driver.CUtensorMap()))
         monkeypatch.setattr(cubin, "_driver_library", lambda: self._library)

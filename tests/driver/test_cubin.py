@@ -116,14 +116,24 @@ def test_a_kernel_without_arguments(driver: Driver, tmp_path: Path) -> None:
     assert driver.launches == 1 and tuple(driver.record.grid) == (3, 1, 1)
 
 
-def test_dynamic_shared_memory_is_asked_for(driver: Driver, tmp_path: Path) -> None:
+def test_how_a_multiprocessors_memory_is_divided(driver: Driver, tmp_path: Path) -> None:
+    """Much L1 where little is shared, counting static and dynamic; much dynamic shared memory is asked for."""
     from cuda.bindings.driver import CUfunction_attribute
 
-    kernel(tmp_path, driver, ("pointer",), shared=48 * 1024)
-    assert driver.attributes == []
-    kernel(tmp_path, driver, ("pointer",), shared=48 * 1024 + 16)
-    ((_, attribute, value),) = driver.attributes
-    assert attribute == CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES and value == 48 * 1024 + 16
+    attributes = CUfunction_attribute
+    divided = attributes.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+    dynamic = (attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 48 * 1024 + 16)
+    for static, shared, wanted in (
+        (21 * 1024, 0, [(divided, 28)]),
+        (21 * 1024, 10 * 1024, [(divided, 28)]),
+        (37 * 1024, 0, [(divided, 100)]),
+        (21 * 1024, 11 * 1024, [(divided, 100)]),
+        (0, 48 * 1024 + 16, [(divided, 100), dynamic]),
+    ):
+        driver.static_shared = static
+        driver.attributes.clear()
+        kernel(tmp_path, driver, ("pointer",), shared=shared)
+        assert [of[1:] for of in driver.attributes] == wanted
 
 
 def test_two_gpus_in_one_process(driver: Driver, tmp_path: Path) -> None:
@@ -166,6 +176,7 @@ def test_a_value_that_does_not_fit_is_no_launch(driver: Driver, tmp_path: Path) 
         ('("stream", ctypes.c_void_p),\n        ("attributes"', '("attributes"'),
         ("attribute.value[0] = 1", "attribute.value[1] = 1"),
         ("config.attribute_count = 1", "pass"),
+        ("_SHARED_PERCENT, _ALL_SHARED = 28, 100", "_SHARED_PERCENT, _ALL_SHARED = 100, 28"),
         ("_PROGRAMMATIC_STREAM_SERIALIZATION = 6", "_PROGRAMMATIC_STREAM_SERIALIZATION = 7"),
         ("start + end - struct.calcsize(kind)", "start + end"),
         ("ctypes.addressof(values[i])", "ctypes.addressof(values[0])"),
@@ -191,3 +202,5 @@ def test_a_planted_bug_is_noticed(
             stub.restart()
             test_every_field_arrives_where_a_c_program_reads_it(early, stub, pick, tmp_path)
         test_two_gpus_in_one_process(stub, tmp_path)
+        stub.attributes.clear()
+        test_how_a_multiprocessors_memory_is_divided(stub, tmp_path)

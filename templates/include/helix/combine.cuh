@@ -49,8 +49,8 @@ HELIX_DEVICE void combine(typename C::Element* o_out, float* lse_out, const type
                           int parts, int rows) {
   constexpr int vectors = C::partial_dim / C::columns;  // of a row
   static_assert(C::partial_dim % C::columns == 0, "columns divide a row");
-  wait_for_previous_kernels();
   let_next_kernel_start();
+  wait_for_previous_kernels();
   const i64 at = i64(blockIdx.x) * C::threads + threadIdx.x, row = at / vectors;
   if (row >= rows) return;
   const i64 size = i64(rows) * C::partial_dim;  // of a part

@@ -11,8 +11,8 @@ namespace helix {
 template <class C>
 HELIX_DEVICE void embed(typename C::Element* x, const i64* tokens, const typename C::Element* table, int first, int rows) {
   constexpr int vectors = C::hidden * int(sizeof(typename C::Element)) / 16;
-  wait_for_previous_kernels();
   let_next_kernel_start();
+  wait_for_previous_kernels();
   const i64 n = blockIdx.x, row = tokens[n] - first;
   const bool own = row >= 0 && row < rows;
   const auto* from = reinterpret_cast<const Vector16*>(table) + row * vectors;

@@ -60,8 +60,8 @@ template <class C> HELIX_DEVICE void linear(const LinearArguments& a, int block,
   Skinny<C, LinearWork<C>> skinny(work, block, blocks);
   skinny.fetch();
   skinny.prefetch();
-  wait_for_previous_kernels();
   let_next_kernel_start();
+  wait_for_previous_kernels();
   skinny.run(sums);
 }
 

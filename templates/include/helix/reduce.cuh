@@ -56,8 +56,8 @@ HELIX_DEVICE void reduce(typename C::Element* sum_out, typename C::Element* norm
     const int i = round * C::threads + thread;
     if (weight && i < vectors) factors[round] = vector(weight, i);
   }
-  wait_for_previous_kernels();
   let_next_kernel_start();
+  wait_for_previous_kernels();
 
   for (int step = 1; step < C::members; ++step) {
     const int member = (group.rank + step) % C::members;

@@ -31,8 +31,8 @@ template <class C> HELIX_DEVICE void router(float* logits, const bfloat16* x, co
   const i64 expert = blockIdx.x, token = blockIdx.y;
   RouterRow<C> w, v;
   w.load(weights + expert * C::hidden);
-  wait_for_previous_kernels();
   let_next_kernel_start();
+  wait_for_previous_kernels();
   v.load(x + token * C::hidden);
   float sum = 0.0f;
 #pragma unroll
