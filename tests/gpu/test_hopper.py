@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,14 @@ ONE_OF_EACH = [  # of the kernels
     gqa(8, 2, 128, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
     gqa(21, 1, 64, 64, kv_dtype="float8_e4m3fn", query_tokens=4),
 ]
+SANITIZED = (  # by `make sanitize`
+    "mla h16 b64",
+    "mla h72",
+    "mla h16 b32 fp8 t3",
+    "gqa 8,2 t4",
+    "gqa 32,1, 2 shares",
+    "gqa 5,1 d64 fp8 t3",
+)
 LENGTHS = {
     "hostile": [0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 0, 1009],
     "one long": [70_001],
@@ -153,6 +162,29 @@ def test_against_the_oracle(shape: AttentionShape, lengths: list[int], folder: P
     check_partial(first, attend_in_double(shape, q, cache, batch), BOUND)
     second = ops.attend(q, cache, batch)
     assert torch.equal(first.o, second.o) and torch.equal(first.lse, second.lse), "two runs differ"
+
+
+class TwoProcessors:
+    """A GPU's properties, but for the number of its multiprocessors."""
+
+    multi_processor_count = 2
+
+    def __init__(self, properties: Any) -> None:
+        self._properties = properties
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._properties, name)
+
+
+@pytest.mark.parametrize("name", SANITIZED)
+def test_on_two_multiprocessors(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Few short rows whose tiles still go round each ring, over what earlier tiles and results of rows left there."""
+    shape, generator = SHAPES[name], torch.Generator(DEVICE).manual_seed(seed)
+    properties, lengths = torch.cuda.get_device_properties, [*LENGTHS["hostile"], 0, 700, 30]
+    cache, batch = random_pages(shape, lengths, generator)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: TwoProcessors(properties(device)))
+    q, ops = random_queries(shape, len(lengths), generator), make_ops(shape, folder)
+    check_partial(ops.attend(q, cache, batch), attend_in_double(shape, q, cache, batch), BOUND)
 
 
 @pytest.mark.parametrize("shape", ONE_OF_EACH, ids=str)

@@ -117,7 +117,8 @@ BUGS = [
     Bug("gqa_fp8_state", "total *= exp2_approximate(lane_largest[i] - most);", ""),
     Bug("gqa_fp8_state", "lane_largest[i] = kLowest", "lane_largest[i] = minus_infinity()"),
     Bug("gqa_fp8_state", "(token / Tile::line_tokens % 8)", "0"),
-    Bug("gqa_partial", "if (valid < Tile::slice_tokens) State::clear_values", "if (false) State::clear_values"),
+    Bug("gqa_fp8_state", "if (valid < Tile::slice_tokens) clear_values", "if (false) clear_values"),
+    Bug("gqa_fp8_state", "valid_bits(i * 8 + lane % 4 * 2, valid)", "valid_bits(i * 8 + lane / 4, valid)"),
     Bug("gqa_partial", "(C::fp8 ? Tile::page_rows : 0)", "0"),
     Bug("gqa_partial", "args.k_scale + from", "args.v_scale + from"),
     Bug("gqa_partial", "to + C::tile, args.v_scale", "to, args.v_scale"),
@@ -136,11 +137,11 @@ BUGS_OF_SHARES = [
     Bug("gqa_tile", "int token = first_token_of_share<C>() + of_share;", "int token = of_share;"),
     Bug("gqa_partial", "C::kv_heads * C::group * C::query_tokens;", "C::kv_heads * kQueries<C>;"),
     # Of the two blocks that share their copies.
-    Bug("gqa_partial", "Tile::warps * C::cluster", "Tile::warps"),
+    Bug("gqa_partial", "Tile::threads * C::cluster", "Tile::threads"),
     Bug(
         "gqa_partial",
-        "if (lane < 2) barrier_arrive_cluster(shared_address(empty), u32(lane));",
-        "if (lane == 0) barrier_arrive(empty);",
+        "for (u32 rank = 0; rank < C::cluster; ++rank) barrier_arrive_cluster(shared_address(empty), rank);",
+        "barrier_arrive(empty);",
     ),
     Bug("gqa_partial", "mine == 0 ? k_map : v_map", "k_map"),
     Bug("gqa_partial", "pending < C::stages", "pending < 0"),
@@ -151,6 +152,8 @@ BUGS_OF_WARPS = [  # of one eight of the queries each
     Bug("gqa_state", "const int column = eight * 8 + lane % 4 * 2 + i;", "const int column = lane % 4 * 2 + i;"),
     Bug("gqa_tile", "min((eight * 8 + lane % 4 * 2 + i) /", "min((lane % 4 * 2 + i) /"),
     Bug("gqa_merge", "warp < warps; warp += stride)", "warp < 2 * stride; warp += stride)"),
+    Bug("gqa_state", "if (valid < 16) clear_values", "if (false) clear_values"),
+    Bug("gqa_state", "valid_bits(i / 2 * 8 + lane % 4 * 2, valid)", "valid_bits(i % 2 * 8 + lane % 4 * 2, valid)"),
 ]
 
 BUG_OF_UNEVEN_SHARES = Bug("gqa_merge", "C::share_heads < C::query_tokens;", "C::share_heads < C::query_tokens - 1;")

@@ -125,9 +125,9 @@ MLA_BUGS = [
     Bug("mla_layout", "last_parity ^= last_slot;", "last_parity ^= 1;"),
     Bug("mla_layout", "kLastSlots = 2;", "kLastSlots = 1;"),
     Bug("mla_layout", "rescale + 256 * stage.slot", "rescale"),
-    Bug("mla_partial", "(region == kRotary ? 8 : 4)", "4"),
+    Bug("mla_partial", "(region == kRotary ? 256 : 128)", "128"),
     Bug("mla_softmax", "  mla_release<C>(base + M::empty(stage, kRotary));  // which", "  // which"),
-    Bug("mla_softmax", "    barrier_arrive(base + M::turn(stage));", ""),
+    Bug("mla_softmax", "  if (lane == 0) barrier_arrive(base + M::turn(stage));", ""),
     Bug("mla_accumulate", "mla_release<C>(base + M::empty(stage, kRotary));", ""),
     Bug("mla_accumulate", "if (!last) mla_release<C>(base + M::empty(stage, kLast));", ""),
     # Weights: never there, there too early, over what is still needed, or of another tile.
@@ -169,7 +169,7 @@ GQA_BUGS = [
         "state.store(shared, stage, slice, eight, lane);\n    named_barrier_diverged<1, Tile::threads>();",
         "state.store(shared, stage, slice, eight, lane);",
     ),
-    Bug("gqa_partial", "if (valid < Tile::slice_tokens) State", "if (false) State"),
+    Bug("gqa_state", "if (valid < 16) clear_values", "if (false) clear_values"),
     Bug("gqa_state", "bounds.admit(i % 2, lane / 4 + i / 2 * 8, valid) ?", "true ?"),
     Bug("gqa_state", "u32((lane / 16) ^ (lane % 8)) * 16", "u32(lane / 16) * 16"),
     Bug("gqa_merge", "merge.sum += sums[i] * weight;", "merge.sum += sums[i];"),
@@ -191,7 +191,11 @@ GQA_BUGS = [
 
 CLUSTER_BUGS = [
     Bug("mla_softmax", "named_barrier(3, 128);", ""),
-    Bug("mla_layout", "if (lane < 2) barrier_arrive_cluster(empty, lane);", "if (lane == 0) barrier_arrive(empty);"),
+    Bug(
+        "mla_layout",
+        "for (u32 rank = 0; rank < C::cluster; ++rank) barrier_arrive_cluster(empty, rank);",
+        "barrier_arrive(empty);",
+    ),
     Bug("mla_fetch", "kEvictFirst, 3)", "kEvictFirst, 1)"),
     Bug("mla_fetch", "pending < Stage::kSlots;", "pending < 0;"),
 ]

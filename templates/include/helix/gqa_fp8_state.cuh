@@ -105,6 +105,7 @@ template <class C> struct GqaFp8State {
         scores[i][j] = admitted ? (dots[0][at] + dots[1][at]) * (k_scale[i] * scale[j]) : minus_infinity();
       }
     weigh(scores, v_scale);
+    if (valid < Tile::slice_tokens) clear_values(values, valid, lane);
     FragmentB p[halves];
 #pragma unroll
     for (int half = 0; half < halves; ++half)
@@ -179,13 +180,13 @@ template <class C> struct GqaFp8State {
   }
 
   // V of what holds no token becomes zero: 0 * NaN is NaN.
-  HELIX_DEVICE static void clear_values(u8* v, int valid, int lane) {
-    for (int i = lane; i < (Tile::slice_tokens - valid) * pieces; i += kWarp) {
-      const int token = valid + i / pieces;
-      *reinterpret_cast<Vector16*>(v + row_of(token) + piece_of(token, i % pieces)) = Vector16{};
+  HELIX_DEVICE static void clear_values(FragmentA (&values)[halves][steps / 2], int valid, int lane) {
+#pragma unroll
+    for (int i = 0; i < lane_tokens; ++i) {
+      const u32 bits = valid_bits(i * 8 + lane % 4 * 2, valid);
+#pragma unroll
+      for (FragmentA& v : values[i / 2]) v.x[i % 2] &= bits, v.x[i % 2 + 2] &= bits;
     }
-    __syncwarp();
-    fence_async_proxy();
   }
 
   // Where a token has its 16-byte pieces: a line of 128 bytes, and the place in it. The copy engine swapped the pieces

@@ -96,13 +96,11 @@ HELIX_DEVICE void copy_share(GqaShared<C>& shared, const TensorMap* k_map, const
   }
 }
 
-// Passes a stage back, to all that copy into it. Called by a warp's lanes together.
-template <class C> HELIX_DEVICE void pass_back(u64* empty, int lane) {
-  if constexpr (C::cluster == 2) {
-    if (lane < 2) barrier_arrive_cluster(shared_address(empty), u32(lane));
-  } else {
-    if (lane == 0) barrier_arrive(empty);
-  }
+// Passes a stage back, to all that copy into it, for one lane.
+template <class C> HELIX_DEVICE void pass_back(u64* empty) {
+  if constexpr (C::cluster == 1) barrier_arrive(empty);
+  else
+    for (u32 rank = 0; rank < C::cluster; ++rank) barrier_arrive_cluster(shared_address(empty), rank);
 }
 
 // The state of four columns of the block's tokens, from those of the slices.
@@ -162,8 +160,8 @@ template <class C>
 HELIX_DEVICE void attend_share(GqaShared<C>& shared, const GqaArguments& args, GqaCursor at, int warp, int lane) {
   using Tile = GqaTile<C>;
   using State = typename GqaStateOf<C>::Type;
-  const int slice = warp % Tile::slices, eight = warp / Tile::slices, begin = Tile::offset_of(slice);
-  const u32 first_k = shared_address(shared.stage[0][0]) + u32(begin);
+  const int slice = warp % Tile::slices, eight = warp / Tile::slices;
+  const u32 first_k = shared_address(shared.stage[0][0]) + u32(Tile::offset_of(slice));
   u32 stage = 0, phase = 0;
   int slot = 0;
   bool more;
@@ -175,13 +173,11 @@ HELIX_DEVICE void attend_share(GqaShared<C>& shared, const GqaArguments& args, G
       const int valid = at.length - tile * C::tile - slice * Tile::slice_tokens;
       barrier_wait(&shared.full[stage], phase);
       if (valid > 0) {
-        if (valid < Tile::slice_tokens) State::clear_values(shared.stage[stage][1] + begin, valid, lane);
         const u32 k = first_k + stage * (2 * Tile::matrix_bytes);
         state.attend(k, k + Tile::matrix_bytes, shared.scales.at(stage, slice), valid, lane);
       }
       if (++tile == last) break;
-      __syncwarp();
-      pass_back<C>(&shared.empty[stage], lane);
+      pass_back<C>(&shared.empty[stage]);
       if (++stage == C::stages) stage = 0, phase ^= 1;
     }
     const bool whole = at.tile == 0 && last == at.tiles;
@@ -198,9 +194,8 @@ HELIX_DEVICE void attend_share(GqaShared<C>& shared, const GqaArguments& args, G
     more = at.next_unit<C>(args.lengths);
     if (more || C::cluster == 2) {
       fence_async_proxy();
-      __syncwarp();
       if constexpr (C::cluster == 2) fence_cluster();  // the stage was written to, by ordinary stores
-      pass_back<C>(&shared.empty[stage], lane);
+      pass_back<C>(&shared.empty[stage]);
     }
     if (++stage == C::stages) stage = 0, phase ^= 1;
     slot = 1;
@@ -233,7 +228,7 @@ HELIX_DEVICE void gqa_partial(const TensorMap* k_map, const TensorMap* v_map, co
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < C::stages; ++stage) {
       barrier_init(&shared.full[stage], 1);
-      barrier_init(&shared.empty[stage], Tile::warps * C::cluster);
+      barrier_init(&shared.empty[stage], Tile::threads * C::cluster);
     }
     barrier_init_visible();
     prefetch_map(k_map);

@@ -49,6 +49,7 @@ template <class C> struct GqaState {
     for (int step = 0; step < steps; ++step)
       values[step] = load_matrices_transposed(v_row + step / 4 * plane + (v_piece ^ (step % 4 * 32)));
     const FragmentB p = weigh(s, valid, lane);
+    if (valid < 16) clear_values(values, valid, lane);
 #pragma unroll
     for (int step = 0; step < steps; ++step) multiply_add(o[step], values[step], p);
   }
@@ -102,16 +103,14 @@ template <class C> struct GqaState {
     }
   }
 
-  // V rows that hold no token become zero: 0 * NaN is NaN.
-  HELIX_DEVICE static void clear_values(u8* v, int valid, int lane) {
-    constexpr int pieces = C::head_dim / 8;
-    for (int i = lane; i < (16 - valid) * pieces; i += kWarp) {
-      const int row = valid + i / pieces, piece = i % pieces;
-      u8* at = v + piece / 8 * GqaTile<C>::plane_bytes + row * 128 + piece % 8 * 16;
-      *reinterpret_cast<Vector16*>(at) = Vector16{};
+  // V of what holds no token becomes zero: 0 * NaN is NaN.
+  HELIX_DEVICE static void clear_values(FragmentA (&values)[steps], int valid, int lane) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const u32 bits = valid_bits(i / 2 * 8 + lane % 4 * 2, valid);
+#pragma unroll
+      for (FragmentA& v : values) v.x[i] &= bits;
     }
-    __syncwarp();
-    fence_async_proxy();
   }
 };
 

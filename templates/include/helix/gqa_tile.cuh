@@ -79,6 +79,11 @@ struct GqaArguments {
 // The largest score of no token where differences of largest scores are taken, whose sum of weights is then 0.
 constexpr float kLowest = -3.0e38f;
 
+// Of a word with 16 bits of token `token` and 16 of the next, those of tokens below `valid`.
+HELIX_DEVICE u32 valid_bits(int token, int valid) {
+  return token + 1 < valid ? 0xffffffffu : token < valid ? 0xffffu : 0;
+}
+
 // Which tokens the queries of this lane may attend: columns lane % 4 * 2 + {0, 1} of the warp's eight.
 template <class C> struct GqaBounds {
   int behind[2];  // tokens at the row's end that are not for this query

@@ -122,7 +122,6 @@ template <class C, int side> HELIX_DEVICE void mla_accumulate(const MlaArguments
         mla_write(mla_output<C>(a, segments.current(), side), o, base + M::row_inverse(stage, mla_row()), values,
                   queries_here<C>());
         fence_async_proxy();
-        __syncwarp();
         mla_release<C>(base + M::empty(stage, region_of(side, kFirst)));
       }
       mla_release<C>(base + M::empty(stage, region_of(side, 1 - kFirst)));

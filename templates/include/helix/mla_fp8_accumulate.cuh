@@ -113,15 +113,13 @@ template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u
           wgmma_keep(v[(batch + 1) % 2][1]);
         }
       }
-      __syncwarp();
       mla_release<C>(base + M8::empty(stage.index));
       stage.advance();
       wgmma_wait<0>();
       wgmma_keep(v[1][0]);
       wgmma_keep(v[1][1]);
       if (tile + 1 == last_tile) mla_fp8_write<C>(mla_fp8_output<C>(a, segments.current(), side), o, base + M8::inverse);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(base + M8::p_empty);
+      barrier_arrive(base + M8::p_empty);
     }
   } while (segments.next());
 }

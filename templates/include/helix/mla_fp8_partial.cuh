@@ -35,11 +35,11 @@ template <class C> HELIX_DEVICE void mla_fp8_partial(const MlaArguments& a, cons
     prefetch_map(maps.rotary);
     barrier_init(base + M8::q_full, 1);
     barrier_init(base + M8::q_empty, 4);
-    barrier_init(base + M8::p_full, 4);
-    barrier_init(base + M8::p_empty, 8);
+    barrier_init(base + M8::p_full, 128);
+    barrier_init(base + M8::p_empty, 256);
     for (int stage = 0; stage < C::stages; ++stage) {
       barrier_init(base + M8::full(stage), 1);
-      barrier_init(base + M8::empty(stage), 12 * C::cluster);  // warps of all warpgroups but the first
+      barrier_init(base + M8::empty(stage), 3 * 128 * C::cluster);  // all warpgroups but the first
     }
     barrier_init_visible();
   }

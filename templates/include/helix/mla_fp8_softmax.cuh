@@ -83,12 +83,11 @@ struct TokenScales {
 template <class C> constexpr bool kHold = C::columns == 64;
 constexpr int kPassBatch = 10;  // measured: 10 to 14 are alike
 
-// Passes P on to the warpgroups of O', if this warp has not done so yet.
+// Passes P on to the warpgroups of O', if this lane has not done so yet.
 HELIX_DEVICE void mla_fp8_pass_weights(u32 p_full, bool& pending) {
   if (!pending) return;
   fence_async_proxy();
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) barrier_arrive(p_full);
+  barrier_arrive(p_full);
   pending = false;
 }
 
@@ -299,7 +298,6 @@ template <class C> HELIX_DEVICE void mla_fp8_softmax(const MlaArguments& a, u32 
       barrier_wait(base + M8::full(stage.index), stage.parity);
       const TokenScales scales(opaque(base) + M8::scale_bytes(stage.index), valid);
       mla_fp8_scores<C>(s, base, opaque(base) + M8::tile(stage.index), pending);
-      __syncwarp();
       mla_release<C>(base + M8::empty(stage.index));
       stage.advance();
       if (last && lane == 0) barrier_arrive(base + M8::q_empty);

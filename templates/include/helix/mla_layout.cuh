@@ -105,14 +105,11 @@ template <class C> struct Segments {
 
 struct MlaMaps { const TensorMap *q, *kv, *rotary; };
 
-// Signals the blocks that fetch into this block's memory, for which a warp has no more use for what `empty` guards.
+// Signals the blocks that fetch into this block's memory that a lane has no more use for what `empty` guards.
 template <class C> HELIX_DEVICE void mla_release(u32 empty) {
-  const u32 lane = threadIdx.x % 32;
-  if constexpr (C::cluster == 2) {
-    if (lane < 2) barrier_arrive_cluster(empty, lane);
-  } else {
-    if (lane == 0) barrier_arrive(empty);
-  }
+  if constexpr (C::cluster == 1) barrier_arrive(empty);
+  else
+    for (u32 rank = 0; rank < C::cluster; ++rank) barrier_arrive_cluster(empty, rank);
 }
 
 // The bound of this cluster's query token `token` of a segment's row; 0 for queries that only fill up a matrix.

@@ -46,12 +46,12 @@ template <class C> HELIX_DEVICE void mla_partial(const MlaArguments& a, const Ml
     barrier_init(base + M::q_empty, 4);
     for (u32 slot = 0; slot < Stage::kSlots; ++slot) {
       const Stage stage = {slot, 0, slot, 0};
-      barrier_init(base + M::p_full(stage), 4);
+      barrier_init(base + M::p_full(stage), 128);
       barrier_init(base + M::turn(stage), 4);
       for (int region = 0; region < kRegions; ++region) {
         barrier_init(base + M::full(stage, region), 1);
-        // Warps of the warpgroup whose columns these are, or of both for P.
-        barrier_init(base + M::empty(stage, region), (region == kRotary ? 8 : 4) * C::cluster);
+        // The warpgroup whose columns these are, or both for P.
+        barrier_init(base + M::empty(stage, region), (region == kRotary ? 256 : 128) * C::cluster);
       }
     }
     barrier_init_visible();

@@ -20,13 +20,10 @@ template <class C> HELIX_DEVICE void mla_load_queries(MlaQueries& q, u32 base, c
       q[first_chunk(region) + step / 4][step % 4] = load_matrices(from + swizzled(row, step % 4 * 32 + lane / 16 * 16));
     }
   }
-  __syncwarp();
   for (int region = 0; region <= kRotary; ++region) mla_release<C>(base + M::empty(stage, region));
   mla_release<C>(base + M::empty(stage, kRotary));  // which waits for two warpgroups
-  if (lane == 0) {  // their slots take part in everything
-    barrier_arrive(base + M::p_full(stage));
-    barrier_arrive(base + M::turn(stage));
-  }
+  barrier_arrive(base + M::p_full(stage));  // their slots take part in everything
+  if (lane == 0) barrier_arrive(base + M::turn(stage));
 }
 
 // Lets the products with the weights of the tile before begin, if they are held back.
@@ -155,8 +152,7 @@ HELIX_DEVICE void mla_publish(const float (&s)[32], const float (&factor)[2], Ml
     }
   }
   fence_async_proxy();
-  __syncwarp();
-  if (lane == 0) barrier_arrive(base + M::p_full(stage));
+  barrier_arrive(base + M::p_full(stage));
 }
 
 // One warpgroup: scores, running softmax, and the LSE. Most of P V is held back until the scores of the next tile are
