@@ -6,7 +6,7 @@
 namespace helix {
 
 // Zeroes this side's columns of the tile's tokens from `valid` on: what lies there may be NaN, and 0 * NaN = NaN.
-HELIX_DEVICE void mla_clear_tail(const u32 (&values)[2], int side, u32 valid) {
+template <class C> HELIX_DEVICE void mla_clear_tail(const u32 (&values)[2], int side, u32 valid) {
   const u32 thread = threadIdx.x % 128;
 #pragma unroll 1
   for (u32 i = valid * 32 + thread; i < kTileTokens * 32; i += 128) {
@@ -15,10 +15,12 @@ HELIX_DEVICE void mla_clear_tail(const u32 (&values)[2], int side, u32 valid) {
     store_shared((chunk < 2 ? values[0] : values[1]) + at, Vector16{{0, 0, 0, 0}});
   }
   fence_async_proxy();
+  if constexpr (C::cluster == 2) fence_cluster();  // the other block copies there, too
   named_barrier(1 + side, 128);
 }
 
 // O / sum in bf16 through the tile's own shared memory, so that a warp writes 512 contiguous bytes; each its 16 rows.
+template <class C>
 HELIX_DEVICE void mla_write(bfloat16* to, const float (&o)[2][64], u32 inverses, const u32 (&values)[2],
                             int queries) {
   const u32 thread = opaque(threadIdx.x) % 128, warp = thread / 32, lane = thread % 32;
@@ -31,6 +33,7 @@ HELIX_DEVICE void mla_write(bfloat16* to, const float (&o)[2][64], u32 inverses,
     store_shared(at, pack_bfloat16(four[0] * inverse[0], four[1] * inverse[0]));
     store_shared(at + 2048, pack_bfloat16(four[2] * inverse[1], four[3] * inverse[1]));
   }
+  if constexpr (C::cluster == 2) fence_cluster();  // the other block copies there, too; before there are stores to wait for
   __syncwarp();
   const u32 from = (lane < 16 ? values[0] : values[1]) + mine + lane / 8 % 2 * 1024;
   to += (warp * 16) * 512 + lane * 8;
@@ -101,7 +104,7 @@ template <class C, int side> HELIX_DEVICE void mla_accumulate(const MlaArguments
       const u32 values[2] = {base + M::region(stage, region_of(side, 0)), base + M::region(stage, region_of(side, 1))};
       barrier_wait(base + M::p_full(stage), stage.parity);
       if (!first) mla_rescale(o, base + M::row_rescale(stage, mla_row()));
-      if (valid < kTileTokens) mla_clear_tail(values, side, valid);
+      if (valid < kTileTokens) mla_clear_tail<C>(values, side, valid);
       valid -= kTileTokens;
       const u32 p = base + M::p(stage);
       if (kAtOnce) {
@@ -119,7 +122,7 @@ template <class C, int side> HELIX_DEVICE void mla_accumulate(const MlaArguments
       wgmma_wait<0>();
       if (last) {
         named_barrier(1 + side, 128);  // all warps have read V
-        mla_write(mla_output<C>(a, segments.current(), side), o, base + M::row_inverse(stage, mla_row()), values,
+        mla_write<C>(mla_output<C>(a, segments.current(), side), o, base + M::row_inverse(stage, mla_row()), values,
                   queries_here<C>());
         fence_async_proxy();
         mla_release<C>(base + M::empty(stage, region_of(side, kFirst)));

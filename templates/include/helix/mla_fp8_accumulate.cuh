@@ -17,11 +17,12 @@ HELIX_DEVICE void mla_fp8_values(FragmentA (&v)[2], const FragmentA& words) {
 }
 
 // Zeroes this side's columns of the tile's tokens from `valid` on: what lies there may be NaN, and 0 * NaN = NaN.
-HELIX_DEVICE void mla_fp8_clear_tail(u32 tile, int side, u32 valid) {
+template <class C> HELIX_DEVICE void mla_fp8_clear_tail(u32 tile, int side, u32 valid) {
 #pragma unroll 1
   for (u32 i = valid * 16 + threadIdx.x % 128; i < kTileTokens * 16; i += 128)
     store_shared(tile + latent_offset(i / 16, 2 * side + i / 8 % 2, i % 8 * 16), Vector16{{0, 0, 0, 0}});
   fence_async_proxy();  // before the copy engine writes there again
+  if constexpr (C::cluster == 2) fence_cluster();  // for the other block
   named_barrier(2 + side, 128);
 }
 
@@ -87,7 +88,7 @@ template <class C> HELIX_DEVICE void mla_fp8_accumulate(const MlaArguments& a, u
           }
         }
       }
-      if (valid < kTileTokens) mla_fp8_clear_tail(base + M8::tile(stage.index), side, valid);
+      if (valid < kTileTokens) mla_fp8_clear_tail<C>(base + M8::tile(stage.index), side, valid);
       valid -= kTileTokens;
       const MatrixOperand p(base + M8::p, 16, 1024);
       const u32 values = base + M8::tile(stage.index) + mine;
