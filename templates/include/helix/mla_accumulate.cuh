@@ -33,7 +33,7 @@ HELIX_DEVICE void mla_write(bfloat16* to, const float (&o)[2][64], u32 inverses,
     store_shared(at, pack_bfloat16(four[0] * inverse[0], four[1] * inverse[0]));
     store_shared(at + 2048, pack_bfloat16(four[2] * inverse[1], four[3] * inverse[1]));
   }
-  if constexpr (C::cluster == 2) fence_cluster();  // the other block copies there, too; before there are stores to wait for
+  if constexpr (C::cluster == 2) fence_cluster();  // as above, and before there are stores that it would wait for
   __syncwarp();
   const u32 from = (lane < 16 ? values[0] : values[1]) + mine + lane / 8 % 2 * 1024;
   to += (warp * 16) * 512 + lane * 8;
