@@ -42,10 +42,13 @@ _OPTIONS = (
     "-Wno-psabi",
     "-fno-gnu-unique",
     "-fno-strict-aliasing",
+    "-shared",
     "-fPIC",
     "-ffp-contract=fast",
     "-U_FORTIFY_SOURCE",
 )
+# Loads and stores call overlap.cpp, in place of the sanitizer's own library.
+_WATCHED = ("-O1", "-fsanitize=thread", "-nodefaultlibs", "-Wl,-z,now")
 # What follows a kernel's own source.
 _ENTRY = """{text}
 extern "C" {{ unsigned cluster = {cluster}; }}
@@ -96,6 +99,11 @@ class Overlap(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self._machine.simt_overlap(False)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and skipping would import torch's compiler."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -271,10 +279,8 @@ def build(source: KernelSource, root: Path | None = None, *, watched: bool = Fal
         written = library.with_suffix(".cpp")
         written.write_text(text)
         paths = [*(f"-I{path}" for path in (_HERE, *include)), "-include", str(_HERE / "cuda_on_cpu.h")]
-        compiled = library.with_suffix(".o")
-        _compile("-O2", "-c", *["-fsanitize=thread"] * watched, *paths, str(written), into=compiled)
-        # Without the sanitizer's own library: overlap.cpp is in its place.
-        _compile("-shared", "-Wl,-z,defs", str(compiled), str(_machine()), into=library)
+        options = _WATCHED if watched else ("-O2",)
+        _compile(*options, *paths, str(written), str(_machine()), "-lgcc", into=library)
     return library
 
 
@@ -296,7 +302,7 @@ def _with_headers(text: str, include: Sequence[Path]) -> list[str]:
 def _machine() -> Path:
     """The library of the GPU itself; one for all kernels, so that they share the fibers."""
     library = _built() / "libsimt.so"
-    _compile("-O3", "-shared", *(str(_HERE / name) for name in _MACHINE), into=library)
+    _compile("-O3", *(str(_HERE / name) for name in _MACHINE), into=library)
     return library
 
 

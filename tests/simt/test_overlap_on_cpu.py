@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import types
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,8 @@ STORE, WAIT_HERE, LET = "to[thread] = 1.0f;", f"helix::{WAIT}", "helix::let_next
 LOAD = "volatile float x = from[thread]; "
 COPY = (
     "if (thread == 0) { helix::barrier_init(base, 1); helix::barrier_expect(base, 512); "
-    "helix::copy_bulk(base + 1024, from, 512, base, helix::kEvictFirst); } __syncthreads(); helix::barrier_wait(base, 0);"
+    "helix::copy_bulk(base + 1024, from, 512, base, helix::kEvictFirst); } "
+    "__syncthreads(); helix::barrier_wait(base, 0);"
 )
 
 
@@ -94,7 +94,7 @@ def test_torchs_operations_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         other.view(2, 64).add_(1)
         reader.launch((1, 1, 1), x.data_ptr())
         made = x + other
-        with pytest.raises(KernelFault, match="a read of .* the kernel 1 launches before"):
+        with pytest.raises(KernelFault, match=r"a read of .* the kernel 1 launches before"):
             reader.launch((1, 1, 1), made.data_ptr())
 
 
@@ -102,7 +102,7 @@ def test_torchs_operations_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SHAPES = {
-    "mla 2 tokens": mla(16, 32, query_tokens=2),
+    "mla 4 tokens": mla(24, 32, query_tokens=4),  # two rows of the schedule for one
     "mla fp8": mla(16, 64, kv_dtype=FP8),
     "gqa": gqa(8, 1, 64, 16),
     "gqa fp8 4 tokens": gqa(4, 2, 64, 32, kv_dtype=FP8, query_tokens=4),
@@ -146,28 +146,23 @@ def test_attention_reads_the_new_tokens_late(
 
 MLA_BUGS = [
     Bug("mla_fetch", "C::row_tokens * C::shares) wait", "C::row_tokens * C::shares + 1) wait"),
-    Bug("mla_fetch", "C::row_tokens * C::shares) wait", "C::shares) wait"),
+    Bug("mla_fetch", "C::row_tokens * C::shares) wait", "C::row_tokens) wait"),
     Bug("mla_fetch", f"    {WAIT}\n    return", "    return"),
-    Bug("mla_softmax", WAIT, ""),
-    Bug("mla_accumulate", WAIT, ""),
-    Bug("mla_merge", WAIT, ""),
     Bug("append", WAIT, ""),
 ]
 FP8_BUGS = [
     Bug("mla_fp8_fetch", f"if (!waited) {WAIT}", ";"),
     Bug("mla_fp8_softmax", WAIT, ""),
-    Bug("mla_fp8_accumulate", WAIT, ""),
 ]
 GQA_BUGS = [
     Bug("gqa_partial", "tile + 2 >= at.tiles", "tile + 1 >= at.tiles"),
-    Bug("gqa_partial", "tile + 2 >= at.tiles", "false"),
     Bug("gqa_partial", f"if constexpr (C::overlap != Overlap::nothing) {WAIT}", ""),
 ]
 
 
 @pytest.mark.parametrize(
     ("name", "bug"),
-    [("mla 2 tokens", bug) for bug in MLA_BUGS]
+    [("mla 4 tokens", bug) for bug in MLA_BUGS]
     + [("mla fp8", bug) for bug in FP8_BUGS]
     + [("gqa fp8 4 tokens", bug) for bug in GQA_BUGS],
     ids=str,
@@ -180,18 +175,17 @@ def test_attention_that_reads_early_is_noticed(
         check_step(ops, edge_case(SHAPES[name], seed))
 
 
-@pytest.mark.parametrize("name", ["mla 2 tokens", "gqa"])
 def test_a_kernel_lies_between_the_schedule_and_attention(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """One of torch's, where the model has none."""
-    ops, case = attend_ops(SHAPES[name], tmp_path, monkeypatch, watched(seed)), edge_case(SHAPES[name], seed)
+    shape = SHAPES["gqa"]
+    ops, case = attend_ops(shape, tmp_path, monkeypatch, watched(seed)), edge_case(shape, seed)
     with Overlap():
         ops.attend(case.q, case.cache, case.batch)
-        ops.begin_step(case.batch)
         monkeypatch.setattr(ops._attends[0], "marker", types.SimpleNamespace(add_=lambda one: None))
         ops.begin_step(case.batch)
-        with pytest.raises(KernelFault, match="a read of .* the kernel 1 launches before"):
+        with pytest.raises(KernelFault, match=r"a read of .* the kernel 1 launches before"):
             ops.attend(case.q, case.cache, case.batch)
 
 
@@ -215,71 +209,57 @@ def test_a_layer_reads_activations_late(tmp_path: Path, monkeypatch: pytest.Monk
     check_layer(None, tmp_path, monkeypatch, seed)
 
 
-LET_FIRST = f"let_next_kernel_start();\n  {WAIT}"
+LET_NEXT = "let_next_kernel_start();\n  "
 
 
 @pytest.mark.parametrize(
-    "bug",
+    ("header", "right", "wrong"),
     [
-        Bug("linear", WAIT, ""),
-        Bug(
-            "router",
-            f"  {WAIT}\n  let_next_kernel_start();\n  v.load(x + token * C::hidden);",
-            f"  v.load(x + token * C::hidden);\n  {WAIT}",
-        ),
-        Bug(
-            "ffn",
-            f"{WAIT}\n  let_next_kernel_start();\n  if constexpr (C::experts > 0) routing",
-            "if constexpr (C::experts > 0) routing",
-        ),
-        Bug("ffn", f"{WAIT}\n  let_next_kernel_start();\n  skinny.run", "skinny.run"),
-        # The logits, which the kernel after gate_up reads early, are not there yet.
-        Bug("ffn", f"{WAIT}\n  let_next_kernel_start();\n  if constexpr", f"{LET_FIRST}\n  if constexpr"),
+        ("router", f"{WAIT}\n  {LET_NEXT}v.load(x + token * C::hidden);", f"v.load(x + token * C::hidden); {WAIT}"),
+        ("ffn", f"{WAIT}\n  {LET_NEXT}skinny.run(sums);", f"skinny.run(sums); {WAIT}"),
+        # The logits, which the next kernel reads early, may not be there yet.
+        ("ffn", f"{WAIT}\n  {LET_NEXT}if constexpr", f"{LET_NEXT}{WAIT} if constexpr"),
     ],
-    ids=["linear", "router", "gate_up", "down", "gate_up lets down start"],
+    ids=["router", "down", "gate_up lets down start"],
 )
 def test_a_layer_that_reads_early_is_noticed(
-    bug: Bug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+    header: str, right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    with pytest.raises(KernelFault, match="before wait_for_previous_kernels|waits for nothing"):
-        check_layer(planted(tmp_path, [bug]), tmp_path, monkeypatch, seed)
+    with pytest.raises(KernelFault, match="before wait_for_previous_kernels"):
+        check_layer(planted(tmp_path, [Bug(header, right, wrong)]), tmp_path, monkeypatch, seed)
 
 
 # ---- One-sided messages
 
 
-def two_gpus(name: str, folder: Path, seed: int, root: Path | None) -> tuple[Gpus, Callable[[int], object], set[int]]:
-    """Two GPUs, one launch on one of them, and its pointers that are older than the kernel before: weights, schedule."""
-    generator = torch.Generator().manual_seed(seed)
-    x, words = torch.randn(2, 64, generator=generator), 1 << 14
+Sender = Callable[[int], object]  # one launch on a GPU
+
+
+def two_gpus(name: str, folder: Path, seed: int, root: Path | None) -> tuple[Gpus, Sender, set[int]]:
+    """Two GPUs, what sends, and which pointers of a launch may be read early: weights and the schedule."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    x, words = torch.randn(2, 64, generator=generator), 1 << 10
     if name == "exchange":
         shape = mla(16, 32)
-        exchange, parts = Exchange(shape, 2, folder, root), random_partials(shape, 2, 2, generator)
-        return exchange, lambda rank: exchange(rank, 0, parts[rank]), set()
+        exchange, partials = Exchange(shape, 2, folder, root), random_partials(shape, 2, 2, generator)
+        return exchange, lambda rank: exchange(rank, 0, partials[rank]), set()
     if name == "merge_exchange":
-        draw = random.Random(seed)
         merging = MergeExchange(mla(16, 32), 2, folder, [3, 3], root)
-        splits = [random_part(merging.shape, 1, [2, 0, 5], draw) for _ in range(2)]
-        return merging, lambda rank: merging(rank, 0, splits[rank]), {5, 6}
+        parts = [random_part(merging.shape, 1, [2, 0, 5], draw) for _ in range(2)]
+        return merging, lambda rank: merging(rank, 0, parts[rank]), {5, 6}
     if name == "reduce":
-        gpus = Gpus(reduce(2, 64, 1e-5, "float32", "sm_100a"), 2, words, folder, root)
-        weight = torch.ones(64)
-
-        def reduced(rank: int) -> None:
-            gpus.launch(rank, 0, 2, [torch.empty_like(x), torch.empty_like(x), x, x, None, weight], [2])
-
-        return gpus, reduced, {5}
-    gpus = Gpus(argmax(2, "float32", "sm_100a"), 2, words, folder, root)
-    indices = torch.zeros(2, 2, dtype=torch.int64)
+        gpus, outs = Gpus(reduce(2, 64, 1e-5, "float32", "sm_100a"), 2, words, folder, root), torch.zeros(2, 2, 2, 64)
+        return gpus, lambda rank: gpus.launch(rank, 0, 2, [*outs[rank], x, x, None, torch.ones(64)], [2]), {5}
+    gpus, indices = Gpus(argmax(2, "float32", "sm_100a"), 2, words, folder, root), torch.zeros(2, 2, dtype=torch.int64)
     return gpus, lambda rank: gpus.launch(rank, 0, 2, [indices[rank], x], [64, 64 * rank, 2]), set()
 
 
 def faults(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int, root: Path | None = None
 ) -> list[KernelFault]:
-    """Of a launch on each GPU, after a kernel that has stored what the launch is given."""
+    """Of a launch on each GPU, right after a kernel that has stored what the launch is given."""
     monkeypatch.setattr(CpuKernel, "gpu", watched(seed), raising=False)
-    gpus, run, older = two_gpus(name, folder, seed, root)
+    gpus, send, older = two_gpus(name, folder, seed, root)
     gpus.limit_s = 20.0 if root is None else 0.1
     launch, found = gpus.launch, list[KernelFault]()
 
@@ -293,27 +273,16 @@ def faults(
                 found.append(fault)
 
     monkeypatch.setattr(gpus, "launch", launch_late)
-    gpus.together(run)
+    gpus.together(send)
     return found
 
 
 @pytest.mark.parametrize("name", ["exchange", "merge_exchange", "reduce", "argmax"])
-def test_messages_are_read_and_sent_late(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_messages_are_made_late(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     assert not faults(name, tmp_path, monkeypatch, seed)
 
 
-@pytest.mark.parametrize(
-    ("name", "bug"),
-    [
-        ("exchange", Bug("exchange", WAIT, "")),
-        ("merge_exchange", Bug("merge_exchange", f"{WAIT}\n  let_next_kernel_start();\n  const", "const")),
-        ("merge_exchange", Bug("merge_exchange", f"{WAIT}\n  let_next_kernel_start();\n  if", "if")),
-        ("reduce", Bug("reduce", WAIT, "")),
-        ("argmax", Bug("argmax", WAIT, "")),
-    ],
-    ids=["exchange", "merging blocks", "other blocks", "reduce", "argmax"],
-)
-def test_a_message_read_or_sent_early_is_noticed(
-    name: str, bug: Bug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
-    assert faults(name, tmp_path, monkeypatch, seed, planted(tmp_path, [bug]))
+@pytest.mark.parametrize("what", ["const ExchangeInbox", "if (unit >="], ids=["merging blocks", "other blocks"])
+def test_a_message_made_early_is_noticed(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    root = planted(tmp_path, [Bug("merge_exchange", f"{WAIT}\n  {LET_NEXT}{what}", what)])
+    assert faults("merge_exchange", tmp_path, monkeypatch, seed, root)
