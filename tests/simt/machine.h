@@ -104,9 +104,8 @@ struct Copy {
 // Launches that overlap (overlap.cpp).
 struct History {
   bool on = false;
-  u32 launch = 0, settled = 0;            // this one; the last that had ended when this one began
-  bool early = false, waited = false;     // this one: launched early; a thread of it has waited
-  bool orderly = true;                    // what came before it has ended before the next one begins
+  u32 launch = 1, settled = 0;            // this one; the last that had ended when this one began
+  bool waited = false, orderly = true;    // of this one: a thread has waited; a block has, before it let the next start
   std::unordered_map<u64, std::array<u32, 4096>> pages;  // by byte: the last launch that stored to it
 };
 

@@ -70,13 +70,12 @@ void begin_launch(bool early) {
   if (!early) history.settled = history.launch;
   else if (history.orderly) history.settled = history.launch - 1;
   ++history.launch;
-  history.early = early;
   history.waited = history.orderly = !early;
 }
 
 }  // namespace simt
 
-// Whether launches overlap from here on. Before the first, all is settled.
+// Whether launches overlap from here on. What was stored before is settled.
 extern "C" void simt_overlap(bool on) {
   simt::machine.history = {};
   simt::machine.history.on = on;
