@@ -57,19 +57,34 @@ unsigned rows_of(const Map& map) {
   return rows;
 }
 
+// Row `row` of a box, from element 0 of the tensor on; null: outside of the tensor.
+const u8* row_of(const Copy& copy, unsigned row) {
+  const Map& map = copy.map;
+  const u8* from = reinterpret_cast<const u8*>(map.address);
+  for (unsigned dim = 1; dim < map.dims; row /= map.box[dim], ++dim) {
+    const std::int64_t x = copy.at[dim] + std::int64_t(row % map.box[dim]);
+    if (x < 0 || u64(x) >= map.size[dim]) return nullptr;
+    from += u64(x) * map.stride[dim - 1];
+  }
+  return from;
+}
+
+void check_reads(const Copy& copy) {
+  if (copy.from) return check_read(copy.from, copy.bytes);
+  const Map& map = copy.map;
+  const std::int64_t first = std::max(copy.at[0], 0), last = std::min<std::int64_t>(copy.at[0] + map.box[0], map.size[0]);
+  for (unsigned row = 0; row < rows_of(map) && first < last; ++row)
+    if (const u8* const from = row_of(copy, row))
+      check_read(from + first * map.element_bytes, u64(last - first) * map.element_bytes);
+}
+
 void store_box(Copy& copy) {
   const Map& map = copy.map;
   const unsigned row_bytes = map.box[0] * map.element_bytes, rows = rows_of(map);
   for (unsigned row = 0; row < rows; ++row) {
-    bool inside = true;
-    const u8* from = reinterpret_cast<const u8*>(map.address);
-    for (unsigned dim = 1, rest = row; dim < map.dims; rest /= map.box[dim], ++dim) {
-      const std::int64_t x = copy.at[dim] + std::int64_t(rest % map.box[dim]);
-      inside &= x >= 0 && u64(x) < map.size[dim];
-      if (inside) from += u64(x) * map.stride[dim - 1];
-    }
+    const u8* const from = row_of(copy, row);
     u8 bytes[256 * 8] = {};
-    for (unsigned i = 0; inside && i < map.box[0]; ++i) {
+    for (unsigned i = 0; from && i < map.box[0]; ++i) {
       const std::int64_t x = copy.at[0] + std::int64_t(i);
       if (x >= 0 && u64(x) < map.size[0])
         std::memcpy(bytes + i * map.element_bytes, from + x * map.element_bytes, map.element_bytes);
@@ -88,6 +103,7 @@ void perform(Copy& copy) {
 }
 
 void issue(Copy copy, unsigned ranks) {
+  check_reads(copy);
   Block& mine = this_block();
   Cluster& cluster = *mine.cluster;
   if (ranks == kThisBlock) ranks = 1u << mine.rank;

@@ -15,10 +15,13 @@ import tempfile
 import types
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from helixc.codegen.build import render_all
 from helixc.codegen.problem import KernelSpec, ffn, problems
@@ -27,11 +30,12 @@ from helixc.codegen.template_root import template_root
 from helixc_runtime import ops_cuda
 from helixc_runtime.attention_shape import AttentionShape
 from helixc_runtime.ffn_cuda import ARGUMENTS, CudaFfn
+from helixc_runtime.ffn_cuda import EARLY as FFN_EARLY
 from helixc_runtime.ffn_shape import FfnShape
 from helixc_runtime.manifest import WITHOUT_HOP, Hop
 
 _HERE = Path(__file__).parent
-_MACHINE = ("machine.cpp", "copy_engine.cpp", "tensor_cores.cpp")
+_MACHINE = ("machine.cpp", "overlap.cpp", "copy_engine.cpp", "tensor_cores.cpp")
 _OPTIONS = (
     "-std=c++17",
     "-w",
@@ -43,6 +47,8 @@ _OPTIONS = (
     "-ffp-contract=fast",
     "-U_FORTIFY_SOURCE",
 )
+# Loads and stores call overlap.cpp, in place of the sanitizer's own library.
+_WATCHED = ("-O1", "-fsanitize=thread", "-nodefaultlibs", "-Wl,-z,now")
 # What follows a kernel's own source.
 _ENTRY = """{text}
 extern "C" {{ unsigned cluster = {cluster}; }}
@@ -68,9 +74,58 @@ class Gpu:
     processors: int
     seed: int = 0
     asynchrony: str = "late"
+    watched: bool = False  # loads and stores of its kernels are seen, as Overlap needs
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
+
+
+class Overlap(TorchDispatchMode):
+    """While it is entered, launches of this thread overlap as far as they let each other (overlap.cpp).
+
+    Torch's operations are kernels, too, that are not launched early. KernelFault tells what a kernel reads, or stores,
+    too early. The Gpu must be `watched`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._machine = ctypes.CDLL(str(_machine()))
+        self._machine.simt_stored.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
+
+    def __enter__(self) -> Self:
+        self._machine.simt_overlap(True)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._machine.simt_overlap(False)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and skipping would import torch's compiler."""
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        schema = func._schema
+        given = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
+        stored = [given[a.name] for a in schema.arguments if a.alias_info and a.alias_info.is_write and a.name in given]
+        if not any(a.alias_info for a in schema.returns) and "empty" not in schema.name:
+            stored.append(result)
+        if stored:
+            self.kernel(stored)
+        return result
+
+    def kernel(self, *stored: Any) -> None:
+        """A kernel that stores to these tensors, and is not launched early."""
+        self._machine.simt_other_kernel()
+        for tensor in tree_leaves(stored):
+            if isinstance(tensor, Tensor) and tensor.numel():
+                span = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+                self._machine.simt_stored(tensor.data_ptr(), span * tensor.element_size())
 
 
 class _Launch(ctypes.Structure):
@@ -82,6 +137,7 @@ class _Launch(ctypes.Structure):
         ("shared", ctypes.c_uint32),
         ("cluster", ctypes.c_uint32),
         ("resident", ctypes.c_uint32),
+        ("early", ctypes.c_uint32),
         ("asynchrony", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
     ]
@@ -102,7 +158,7 @@ class CpuKernel:
         shared: int = 0,
         early: bool = False,
     ) -> None:
-        self._name, self._threads, self._shared = name, threads, shared
+        self._name, self._threads, self._shared, self._early = name, threads, shared, early
         self.library = ctypes.CDLL(str(path))
         self._run = self.library.run_kernel
         self._run.restype = ctypes.c_char_p
@@ -121,6 +177,7 @@ class CpuKernel:
             shared=self._shared,
             cluster=ctypes.c_uint32.in_dll(self.library, "cluster").value,
             resident=gpu.processors if self._shared else min(gpu.processors, _CROWD),
+            early=self._early,
             asynchrony=ASYNCHRONY.index(gpu.asynchrony),
             seed=gpu.random.getrandbits(62),
         )
@@ -130,13 +187,17 @@ class CpuKernel:
             raise KernelFault(f"{self._name}: {fault.decode()}")
 
 
+# Around what a GPU would not run: the mode Overlap does not see it.
+unseen = _disable_current_modes
+
 _empty = torch.empty
 
 
 def _poisoned(*size: int, **options: Any) -> torch.Tensor:
     """torch.empty: what is not written shall not be what happened to be there. Bytes of 255 are NaN in any type."""
     made = _empty(*size, **options)
-    return made.fill_(torch.nan if made.is_floating_point() else 255 if made.dtype == torch.uint8 else 85)
+    with unseen():
+        return made.fill_(torch.nan if made.is_floating_point() else 255 if made.dtype == torch.uint8 else 85)
 
 
 def cpu_ops(
@@ -176,8 +237,9 @@ def cpu_ops(
     for source in render_all((*specs, *more), root):
         planned = source.config.planned()
         if planned.template in idle:
-            source = dataclasses.replace(source, text=f'extern "C" void {planned.name}() {{}}')
-        library = build(source, root)
+            idle_text = f'extern "C" void {planned.name}() {{ simt::wait_for_previous_kernels(); }}'
+            source = dataclasses.replace(source, text=idle_text)
+        library = build(source, root, watched=gpu.watched)
         link = folder / library.name
         link.unlink(missing_ok=True)
         link.symlink_to(library)
@@ -200,23 +262,25 @@ def cpu_ffn(
     for source in render_all(ffn(shape, max_rows, "sm_90a"), root or template_root()):
         planned = source.config.planned()
         arguments, threads = ARGUMENTS[planned.template], int(planned.params["threads"])
-        loaded[planned.name] = CpuKernel(build(source, root), planned.name, arguments, threads, torch.device("cpu"))
+        library, early = build(source, root, watched=gpu.watched), planned.template in FFN_EARLY
+        loaded[planned.name] = CpuKernel(library, planned.name, arguments, threads, torch.device("cpu"), early=early)
         kernels.append(planned)
     return CudaFfn(shape, kernels, loaded, gpu.processors, torch.device("cpu"))
 
 
-def build(source: KernelSource, root: Path | None = None) -> Path:
-    """The shared library of a kernel; equal ones are built once a process."""
+def build(source: KernelSource, root: Path | None = None, *, watched: bool = False) -> Path:
+    """The shared library of a kernel; equal ones are built once a process. `watched`: see Gpu."""
     include = (_HERE / "include", (root or template_root()) / "include")
     name = source.config.spec.name
     text = _ENTRY.format(text=source.text, name=name, cluster=source.config.cluster or 1)
     digest = hashlib.sha256("\0".join(_with_headers(text, include)).encode()).hexdigest()[:16]
-    library = _built() / f"{name}-{digest}.so"
+    library = _built() / f"{name}-{digest}{'-watched' * watched}.so"
     if not library.exists():
         written = library.with_suffix(".cpp")
         written.write_text(text)
         paths = [*(f"-I{path}" for path in (_HERE, *include)), "-include", str(_HERE / "cuda_on_cpu.h")]
-        _compile("-O2", *paths, str(written), str(_machine()), into=library)
+        options = _WATCHED if watched else ("-O2",)
+        _compile(*options, *paths, str(written), str(_machine()), "-lgcc", into=library)
     return library
 
 

@@ -18,7 +18,6 @@ thread_local Index thread_index, block_index, block_size, grid_size;
 
 namespace {
 
-constexpr unsigned kStackBytes = 128 << 10;
 constexpr unsigned kIdleRounds = 1000;  // that threads in a loop get to see what they wait for
 thread_local std::string message;
 
@@ -41,20 +40,23 @@ void enter() {
   }
 }
 
-u8* new_stack() {
-  void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) fail("no memory for the stack of a thread");
-  return static_cast<u8*>(memory);
+std::unique_ptr<Fiber[]> new_fibers() {
+  auto fibers = std::make_unique<Fiber[]>(32);
+  constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* memory = mmap(nullptr, 32 * kStackBytes, PROT_READ | PROT_WRITE, kFlags, -1, 0);
+  if (memory == MAP_FAILED) fail("no memory for the stacks of a warp");
+  for (unsigned i = 0; i < 32; ++i) fibers[i].stack = static_cast<u8*>(memory) + i * kStackBytes;
+  return fibers;
 }
 
 // Returns when the fiber waits or has ended.
 __attribute__((noinline)) void resume(Fiber& fiber) {
   machine.current = &fiber;
+  watched = machine.history.on ? &fiber : nullptr;
   thread_index = {fiber.thread, 0, 0};
   if (_setjmp(machine.scheduler) == 0) {
     if (fiber.started) _longjmp(fiber.context, 1);
     fiber.started = true;
-    if (!fiber.stack) fiber.stack = new_stack();
     static thread_local ucontext_t start;
     getcontext(&start);
     start.uc_stack.ss_sp = fiber.stack;
@@ -63,7 +65,7 @@ __attribute__((noinline)) void resume(Fiber& fiber) {
     makecontext(&start, enter, 0);
     setcontext(&start);
   }
-  machine.current = nullptr;
+  machine.current = watched = nullptr;
 }
 
 // ---- __shared__ variables: one place, whose content goes with the block
@@ -199,6 +201,7 @@ void start(Cluster& cluster, unsigned number) {
     block.cluster = &cluster;
     block.index = {at % launch.grid.x, at / launch.grid.x % launch.grid.y, at / launch.grid.x / launch.grid.y};
     block.rank = rank;
+    block.waited = block.triggered_early = false;
     block.live = launch.threads;
     if (block.memory) std::memset(block.memory, 0xff, launch.shared);
     block.unfenced.assign((launch.shared + 3) / 4, 0);
@@ -218,6 +221,7 @@ void start(Cluster& cluster, unsigned number) {
         fiber.thread = w * 32 + i;
         fiber.wait = Wait::nothing;
         fiber.unfenced.clear();
+        fiber.waited = !launch.early || !machine.history.on;
       }
       warp.queued = true;
       machine.runnable.push_back(&warp);
@@ -294,7 +298,7 @@ void prepare(unsigned places) {
       block.memory = launch.shared ? static_cast<u8*>(std::aligned_alloc(1024, variables_begin() - kShared)) : nullptr;
       block.warps.resize(warps);
       for (Warp& warp : block.warps) {
-        if (used == machine.fibers.size()) machine.fibers.push_back(std::make_unique<Fiber[]>(32));
+        if (used == machine.fibers.size()) machine.fibers.push_back(new_fibers());
         warp.fibers = machine.fibers[used++].get();
         for (unsigned i = 0; i < 32; ++i) warp.fibers[i].wait = Wait::done;
       }
@@ -322,6 +326,7 @@ void run_all() {
       if (cluster.live == 0 && cluster.running) {
         cluster.running = false;
         check_ended(cluster);
+        for (const Block& block : cluster.blocks) block_ended(block);
         ++ended;
         if (started < total) start(cluster, started++);
       }
@@ -519,8 +524,12 @@ const char* run(const Launch& launch, const void* variable, void (*call)(void**)
   if (_setjmp(machine.failed) == 0) {
     Search search = {reinterpret_cast<const void*>(call)};
     dl_iterate_phdr(find_variables, &search);
+    begin_launch(launch.early);
     run_all();
+    if (machine.history.on && !machine.history.waited)
+      fail("an early launch that waits for nothing: the next could not wait for what came before it");
   } else {
+    machine.current = watched = nullptr;
     for (auto& fibers : machine.fibers)
       for (unsigned i = 0; i < 32; ++i) fibers[i].started = false;  // they are in the middle of the kernel
   }

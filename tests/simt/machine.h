@@ -2,8 +2,10 @@
 #pragma once
 #include <setjmp.h>
 
+#include <array>
 #include <deque>
 #include <memory>
+#include <unordered_map>
 #include <vector>
 
 #include "simt.h"
@@ -18,6 +20,8 @@ struct Block;
 struct Warp;
 struct Cluster;
 
+constexpr unsigned kStackBytes = 128 << 10;
+
 enum class Wait { nothing, warp, block, cluster, mbarrier, spin, done };
 
 struct Fiber {
@@ -25,7 +29,7 @@ struct Fiber {
   Fiber(const Fiber&) = delete;
   ~Fiber();
   jmp_buf context;
-  u8* stack = nullptr;
+  u8* stack = nullptr;  // those of a warp lie together
   bool started = false;
   Warp* warp;
   unsigned thread;
@@ -38,6 +42,7 @@ struct Fiber {
   unsigned number;
   u32 barrier, parity;
   std::vector<u32> unfenced;  // words of the block's dynamic shared memory that it stored since its last proxy fence
+  bool waited;  // for the kernels before
 };
 
 // The sums of one warp's 16 rows of a product that is under way: the registers hold nothing until it is complete.
@@ -79,6 +84,7 @@ struct Block {
   std::vector<u8> statics;  // its __shared__ variables, while another block runs
   std::deque<Warp> warps;
   NamedBarrier named[16];
+  bool waited, triggered_early;  // some thread has waited, let the next kernel start before it waited
 };
 
 struct Cluster {
@@ -95,8 +101,17 @@ struct Copy {
   int at[5];
 };
 
+// Launches that overlap (overlap.cpp).
+struct History {
+  bool on = false;
+  u32 launch = 1, settled = 0;            // this one; the last that had ended when this one began
+  bool waited = false, orderly = true;    // of this one: a thread has waited; a block has, before it let the next start
+  std::unordered_map<u64, std::array<u32, 4096>> pages;  // by byte: the last launch that stored to it
+};
+
 struct Machine {
   Launch launch;
+  History history;
   void (*call)(void**);
   void** values;
   jmp_buf scheduler, failed;
@@ -125,6 +140,11 @@ inline Block& this_block() { return *machine.current->warp->block; }
 void wake(Fiber& fiber);
 void suspend(Wait wait);
 bool chance(unsigned one_in);
+
+void block_ended(const Block& block);
+void begin_launch(bool early);
+void check_read(const void* from, u64 bytes);
+extern thread_local Fiber* watched;  // whose loads and stores are looked at
 
 void describe_mbarrier(Block& block, u32 barrier, char* text, unsigned size);
 void perform_some_copy();

@@ -20,6 +20,7 @@ struct Launch {
   Index grid;
   unsigned threads, shared, cluster;  // a block's threads and bytes of dynamic shared memory, a cluster's blocks
   unsigned resident;                  // blocks on the GPU at once
+  unsigned early;                     // a programmatic dependent launch
   Asynchrony asynchrony;
   std::uint64_t seed;
 };
@@ -59,6 +60,9 @@ void spin();
 void wait_outside();
 // After what others may react to: by chance, lets them do so for as long as they can.
 void give_way();
+// Programmatic dependent launch (overlap.cpp).
+void wait_for_previous_kernels();
+void let_next_kernel_start();
 // A number below `bound`, of this launch and by its seed.
 unsigned choice(unsigned bound);
 
@@ -119,7 +123,7 @@ float to_float(Element element, unsigned bits);
 // ---- The call of a kernel -------------------------------------------------------------------------------------------
 
 template <class... A, std::size_t... I>
-void call(void (*kernel)(A...), void** values, std::index_sequence<I...>) {
+__attribute__((no_sanitize_thread)) void call(void (*kernel)(A...), void** values, std::index_sequence<I...>) {
   kernel(*static_cast<A*>(values[I])...);
 }
 template <class... A> void call(void (*kernel)(A...), void** values) {

@@ -43,13 +43,13 @@ class Gpus:
         self, spec: KernelSpec, members: int, inbox_words: int, folder: Path, root: Path | None = None
     ) -> None:
         (source,) = render_all([spec], root or template_root())
-        library, arguments = build(source, root), ARGUMENTS[spec.template]
+        library, arguments = build(source, root, watched=CpuKernel.gpu.watched), ARGUMENTS[spec.template]
         self.members, self.threads = members, source.config.threads
         self.kernels = []
         for rank in range(members):
             copy = folder / f"{library.stem}.{rank}.so"
             shutil.copy(library, copy)
-            self.kernels.append(CpuKernel(copy, spec.name, arguments, self.threads, torch.device("cpu")))
+            self.kernels.append(CpuKernel(copy, spec.name, arguments, self.threads, torch.device("cpu"), early=True))
         self.inboxes = [torch.full((inbox_words,), NOTHING, dtype=torch.int32) for _ in range(members)]
         self.addresses = torch.tensor([inbox.data_ptr() for inbox in self.inboxes])
         self.progress = torch.zeros(members, 2, dtype=torch.int32)  # messages and steps

@@ -19,15 +19,22 @@ TILE = "const helix::u32 base = helix::shared_address(helix::dynamic_shared());\
 
 
 def kernel(
-    body: str, arguments: str, monkeypatch: pytest.MonkeyPatch, asynchrony: str = "late", *, threads: int = 128
+    body: str,
+    arguments: str,
+    monkeypatch: pytest.MonkeyPatch,
+    asynchrony: str = "late",
+    *,
+    threads: int = 128,
+    early: bool = False,
 ) -> CpuKernel:
-    """A kernel of one block; `arguments` are those of a C++ function."""
+    """A kernel of one block; `arguments` are those of a C++ function. `early`: also watched."""
     includes = '#include "helix/sm90.cuh"\n#include "helix/wgmma.cuh"\n'
     text = f'{includes}extern "C" void probe({arguments}) {{\n  {TILE}{body}\n}}'
     source = KernelSource(KernelConfig(KernelSpec("probe", "probe", (), "sm_90a"), threads), text, ())
     monkeypatch.setattr(CpuKernel, "gpu", Gpu(1, 7, asynchrony), raising=False)
+    library = build(source, watched=early)
     pointers = ("pointer",) * arguments.count("*")
-    return CpuKernel(build(source), "probe", pointers, threads, CPU, shared=64 << 10)
+    return CpuKernel(library, "probe", pointers, threads, CPU, shared=64 << 10, early=early)
 
 
 # Copies A [64][row] and B [n][row] of 128-byte rows to shared memory, swizzled as the tensor cores read them.

@@ -28,8 +28,8 @@
 // a region that has only two. Roofline: memory, 1152 bytes a token; for 128 queries the tensor cores about as much.
 //
 // Programmatic dependent launch: the schedule, the page table and all tokens but a row's newest are read before the
-// previous kernel is waited for, so they must be older than that; every kernel in the chain lets its successor start
-// only after it has waited itself.
+// previous kernel is waited for, so they must be older than any that may still run then (docs/architecture.md, Launches
+// that overlap).
 #pragma once
 #include "helix/mla_accumulate.cuh"
 #include "helix/mla_fetch.cuh"

@@ -86,9 +86,8 @@ HELIX_DEVICE u32 cluster_rank() { return simt::cluster_rank(); }
 HELIX_DEVICE void fence_cluster() {}
 HELIX_DEVICE void cluster_barrier() { simt::cluster_barrier(); }
 
-// Launches run one after another.
-HELIX_DEVICE void let_next_kernel_start() {}
-HELIX_DEVICE void wait_for_previous_kernels() {}
+HELIX_DEVICE void let_next_kernel_start() { simt::let_next_kernel_start(); }
+HELIX_DEVICE void wait_for_previous_kernels() { simt::wait_for_previous_kernels(); }
 
 HELIX_DEVICE float exp2_approximate(float x) {
   const float y = std::exp2(x);
@@ -126,7 +125,7 @@ HELIX_DEVICE Vector16 load_global(const void* from) {
 }
 HELIX_DEVICE Vector16 load_streamed(const void* from) { return load_global(from); }
 // Nothing is seen of it but a fault where there is no memory.
-HELIX_DEVICE void prefetch_line(const void* from) { *static_cast<const volatile u8*>(from); }
+__attribute__((no_sanitize_thread)) HELIX_DEVICE void prefetch_line(const void* from) { *static_cast<const volatile u8*>(from); }
 HELIX_DEVICE void store_global(void* to, Vector16 v) { std::memcpy(aligned(to, 16), &v, 16); }
 
 // Others may run between any two of these: a loop of loads sees what they wrote in the meantime.
