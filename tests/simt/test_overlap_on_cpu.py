@@ -215,7 +215,7 @@ LET_NEXT = "let_next_kernel_start();\n  "
 @pytest.mark.parametrize(
     ("header", "right", "wrong"),
     [
-        ("router", f"{WAIT}\n  {LET_NEXT}v.load(x + token * C::hidden);", f"v.load(x + token * C::hidden); {WAIT}"),
+        ("router", f"{WAIT}\n  v.load(x + token * C::hidden);", f"v.load(x + token * C::hidden); {WAIT}"),
         ("ffn", f"{WAIT}\n  {LET_NEXT}skinny.run(sums);", f"skinny.run(sums); {WAIT}"),
         # The logits, which the next kernel reads early, may not be there yet.
         ("ffn", f"{WAIT}\n  {LET_NEXT}if constexpr", f"{LET_NEXT}{WAIT} if constexpr"),
