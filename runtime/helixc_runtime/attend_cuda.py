@@ -29,8 +29,8 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "gqa_partial": ("map",) * 2 + ("pointer",) * 8 + ("int32", "int32", "pointer", "pointer"),
 }
 # Launched before their predecessor has ended (programmatic dependent launch). Until Hopper's partials wait for it, they
-# read what is older: the schedule, the page table and all but the newest tokens. So something that is not launched early
-# must lie in between: docs/architecture.md. The others wait first: only the launch itself is early.
+# read what is older: the schedule, the page table and all but the newest tokens. So a launch that is not early must lie
+# in between: see docs/architecture.md. The others wait first: only the launch itself is early.
 EARLY = frozenset({"append", "mla_partial", "mla_fp8_partial", "mla_merge", "gqa_partial", "merge", "combine"})
 
 _WAVES = 2  # thread blocks of the portable partial kernel to aim for, per multiprocessor
