@@ -109,7 +109,7 @@ class HopperMla:
     team of clusters, each for some of the tokens.
     """
 
-    MERGE_BLOCKS = 264  # two a multiprocessor of an H100
+    MERGE_BLOCKS = 264  # at most: two a multiprocessor of an H100
 
     def __init__(
         self,
