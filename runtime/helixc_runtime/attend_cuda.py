@@ -109,7 +109,7 @@ class HopperMla:
     team of clusters, each for some of the tokens.
     """
 
-    MERGE_BLOCKS = 264  # two a multiprocessor of an H100
+    MERGE_BLOCKS = 264  # at most: two a multiprocessor of an H100
 
     def __init__(
         self,
@@ -122,11 +122,11 @@ class HopperMla:
         self.kernel, self.partial = partial
         self.schedule, self.merge = chosen["mla_schedule"][1], chosen["mla_merge"][1]
         names = ("row_tokens", "cluster_tokens", "cluster")
-        self.row_tokens, cluster_tokens, cluster = (int(self.kernel.params[name]) for name in names)
+        self.row_tokens, cluster_tokens, self.cluster = (int(self.kernel.params[name]) for name in names)
         self.shape, self.device = shape, device
         self.cluster_queries, self.team = shape.heads * cluster_tokens, self.row_tokens // cluster_tokens
-        self.workers = max(1, processors // (cluster * self.team))
-        self.blocks = self.workers * cluster * self.team
+        self.workers = max(1, processors // (self.cluster * self.team))
+        self.blocks = self.workers * self.cluster * self.team
         self.split = torch.zeros(self.workers, 4, dtype=torch.int32, device=device)
         self.split_count = torch.zeros(1, dtype=torch.int32, device=device)
         size = (2 * self.workers, shape.heads * self.row_tokens)
@@ -149,9 +149,10 @@ class HopperMla:
         width = batch.page_table.shape[1]
         self.partial.launch((self.blocks, 1, 1), *maps, *map(address, pointers), width, *map(address, more))
         splits = (self.part_o, self.part_lse, self.split, self.split_count)
+        strips = rows * self.shape.heads * self.row_tokens * (self.shape.partial_dim // 128)  # at most: mla_merge.cuh
 
         def merge() -> None:
-            self.merge.launch((self.MERGE_BLOCKS, 1, 1), *map(address, (*out, *splits)))
+            self.merge.launch((min(strips, self.MERGE_BLOCKS), 1, 1), *map(address, (*out, *splits)))
 
         return SplitPartial(out, *splits, merge)
 
@@ -160,8 +161,9 @@ class HopperMla:
     def _maps(self, q: Tensor, rows: int, cache: LayerCache) -> tuple[TensorMap, TensorMap, TensorMap]:
         """Of the queries, the latent columns and the rotary columns."""
         dims, strides = (64, 8, 9, cache.k.shape[0] * self.shape.block // 8), (1152, 128, 9216)
-        kv_map, rotary_map = (self.maps.get(cache.k, dims, strides, (64, 8, chunks, 4)) for chunks in (2, 1))
-        return self._q_map(q, rows, 8, 1), kv_map, rotary_map
+        tokens = 64 if self.shape.block == 64 and self.cluster == 1 else 32  # of a copy: copy_tokens, mla_layout.cuh
+        kv_map, rotary_map = (self.maps.get(cache.k, dims, strides, (64, 8, chunks, tokens // 8)) for chunks in (2, 1))
+        return self._q_map(q, rows, min(self.cluster_queries // 8, 8), 1), kv_map, rotary_map
 
     def _q_map(self, q: Tensor, rows: int, groups: int, chunks: int) -> TensorMap:
         """A copy is `groups` eights of queries, those beyond the row's zeros, by `chunks` of 64 columns."""

@@ -162,6 +162,7 @@ BUGS = [
     Bug("mla_fp8_accumulate", "half + step > 0 || tile > first_tile", "true"),
     Bug("mla_fp8_accumulate", "mla_release<C>(base + M8::empty(stage.index));", ""),
     Bug("mla_fp8_fetch", "i64(group) * 8, 32", "i64(group) * 4, 32"),
+    Bug("mla_fp8_fetch", "min(segment.first_tile + kEarlyTiles<C>, segment.last_tile) - 1", "segment.last_tile"),
     Bug("mla_layout", "C::cluster_tokens + token]", "C::cluster_tokens]"),
     Bug("mla_schedule", "kRowTokens + kRowTokens - 1]", "kRowTokens]"),
     Bug("mla_merge", "return C::row_tokens > 1 && is_minus_infinity(top) ? 0.0f : top;", "return top;"),

@@ -115,8 +115,10 @@ MLA_BUGS = [
     Bug("mla_fetch", "barrier_wait(empty, stage.parity_of(region) ^ 1);", ""),
     Bug("mla_fetch", "M::empty(stage, region), stage.parity ^ 1);", "M::empty(stage, region), stage.parity);"),
     Bug("mla_fetch", "if (!held) barrier_wait(base + M::q_empty, ~number & 1);", ""),
-    Bug("mla_fetch", "barrier_expect(full, halves * bytes);", "barrier_expect(full, 2 * bytes);"),
-    Bug("mla_fetch", "barrier_expect(full, halves * bytes);", "barrier_expect(full, bytes);"),
+    Bug("mla_fetch", "barrier_expect(full, copies * bytes);", "barrier_expect(full, 2 * bytes);"),
+    Bug("mla_fetch", "u32(end - first) * (query_groups<C> * 1024)", "u32(end - first) * M::kChunk"),
+    Bug("mla_fetch", "u32(first) + opaque(threadIdx.x)", "opaque(threadIdx.x)", processors=20),
+    Bug("mla_fetch", "C::queries / 8 : 8;", "C::queries / 16 : 8;"),
     Bug("mla_fetch", "stage.before()", "stage"),
     Bug("mla_fetch", "if (segment.first_tile == segment.last_tile) continue;\n    wait", "wait"),
     Bug("mla_fetch", "        ++fetched;", "        fetched = 1;"),
@@ -157,7 +159,8 @@ MLA_BUGS = [
     Bug("mla_layout", "column ^ (row % 8 * 16)", "column ^ (row % 4 * 16)"),
     Bug("mla_accumulate", "v(values, 1024, 2048)", "v(values, 2048, 1024)"),
     Bug("mla_merge", "__expf(weight[i] - finite<C>(largest));", "__expf(weight[i] - sum.top);"),
-    Bug("mla_merge", "weight * totals[w]", "totals[w]", processors=20),  # many parts of a row
+    Bug("mla_merge", "weight * sums.totals[begin + w]", "sums.totals[begin + w]", processors=20),  # many parts of a row
+    Bug("mla_merge", "if (kSlots > 1) merge_over_lanes<kLanes>(mine);", ""),
 ]
 GQA_BUGS = [
     Bug("gqa_partial", "barrier_wait(&shared.full[stage], phase);", ""),
@@ -263,7 +266,7 @@ def test_the_copy_engine_refuses_what_the_driver_refuses(tmp_path: Path, monkeyp
 
 
 def test_a_deadlock_says_who_waits_for_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bug = Bug("mla_fetch", "barrier_expect(full, halves * bytes);", "barrier_expect(full, halves * bytes + 16);")
+    bug = Bug("mla_fetch", "barrier_expect(full, copies * bytes);", "barrier_expect(full, copies * bytes + 16);")
     case = random_case(mla(16, 64), [64], CPU, 1)
     ops = hopper_ops(case.shape, tmp_path, monkeypatch, Gpu(1), planted(tmp_path, [bug]))
     waiting = r"deadlock:(?s:.*)block 0,0,0 warp 4 lanes ffffffff: phase with parity 0 of mbarrier .* 16 bytes missing"

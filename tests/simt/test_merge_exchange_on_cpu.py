@@ -194,9 +194,9 @@ BUGS = [
     Bug("merge_exchange", "warp * Batch::kSlots : 0", "warp : 0"),
     Bug("merge_exchange", "? Batch::kSlots * Batch::kWarps : Batch::kSlots;", "? Batch::kSlots : Batch::kSlots;"),
     # The merge.
-    Bug("merge_exchange", "sum.top = largest, sum.total *= weight;", "sum.total *= weight;"),
-    Bug("merge_exchange", "sum.values[c] *= weight;", ";"),
-    Bug("merge_exchange", "merge_over_lanes<C>(sum);", ""),
+    Bug("mla_merge", "sum.top = largest, sum.total *= weight;", "sum.total *= weight;"),
+    Bug("mla_merge", "sum.values[c] *= weight;", ";"),
+    Bug("merge_exchange", "merge_over_lanes<kPieceLanes>(sum);", ""),
     Bug("merge_exchange", "if (many) merge_over_warps<C>(sum, shared);", ""),
     Bug("merge_exchange", "sum.total += weight * shared.totals[w];", "sum.total += shared.totals[w];"),
     Bug("merge_exchange", "__syncthreads();  // before the next batch's sums", ""),

@@ -70,24 +70,6 @@ HELIX_DEVICE bool is_split(const Splits& splits, int count, int row) {
   return __any_sync(0xffffffffu, found);
 }
 
-// Of the lanes of a warp that hold the same columns; all of them get it.
-template <class C> HELIX_DEVICE void merge_over_lanes(Merged& sum) {
-  float largest = sum.top;
-#pragma unroll
-  for (int distance = kPieceLanes; distance < kWarp; distance *= 2)
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, distance));
-  const float weight = is_minus_infinity(largest) ? 0.0f : __expf(sum.top - largest);  // no split is this warp's
-  sum.top = largest, sum.total *= weight;
-#pragma unroll
-  for (int c = 0; c < 8; ++c) sum.values[c] *= weight;
-#pragma unroll
-  for (int distance = kPieceLanes; distance < kWarp; distance *= 2) {
-    sum.total += __shfl_xor_sync(0xffffffffu, sum.total, distance);
-#pragma unroll
-    for (int c = 0; c < 8; ++c) sum.values[c] += __shfl_xor_sync(0xffffffffu, sum.values[c], distance);
-  }
-}
-
 template <class C> struct WarpSums {
   static constexpr int kWarps = PieceMerge<C>::kWarps;
   float values[kWarps][kPieceColumns], tops[kWarps], totals[kWarps];
@@ -154,7 +136,7 @@ HELIX_DEVICE void merge_and_send(const Splits& splits, const Group& group, int m
     const int slot = (many ? warp * Batch::kSlots : 0) + lane / kPieceLanes;
     const int slots = many ? Batch::kSlots * Batch::kWarps : Batch::kSlots;
     Merged sum = merge_strip<C, C::batch>(splits.part_o, splits.part_lse, dealt.row, query, column, slot, slots);
-    merge_over_lanes<C>(sum);
+    merge_over_lanes<kPieceLanes>(sum);
     if (many) merge_over_warps<C>(sum, shared);
     if (lane < kPieceLanes && (warp == 0 || !many)) send_piece<C>(group, inbox, sum, dealt.row.row, query, piece);
   }

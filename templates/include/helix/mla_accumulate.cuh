@@ -24,23 +24,33 @@ template <class C>
 HELIX_DEVICE void mla_write(bfloat16* to, const float (&o)[2][64], u32 inverses, const u32 (&values)[2],
                             int queries) {
   const u32 thread = opaque(threadIdx.x) % 128, warp = thread / 32, lane = thread % 32;
+  if (int(warp * 16) >= queries) return;
   const u32 mine = warp * (2 * 2048);
   const float inverse[2] = {load_shared(inverses), load_shared(inverses + 32)};
+  const u32 at = mine + lane % 16 / 8 * 2048 + swizzled(lane % 8, lane / 16 * 16);
 #pragma unroll
-  for (int j = 0; j < 32; ++j) {
-    const u32 at = values[j / 16] + mine + j / 8 % 2 * 1024 + swizzled(lane / 4, j % 8 * 16 + lane % 4 * 4);
-    const float* four = o[j / 16] + j % 16 * 4;
-    store_shared(at, pack_bfloat16(four[0] * inverse[0], four[1] * inverse[0]));
-    store_shared(at + 2048, pack_bfloat16(four[2] * inverse[1], four[3] * inverse[1]));
+  for (int step = 0; step < 16; ++step) {  // 16 columns
+    const float* eight = o[step / 8] + step % 8 * 8;
+    FragmentA rows;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      rows.x[i] = pack_bfloat16(eight[2 * i] * inverse[i % 2], eight[2 * i + 1] * inverse[i % 2]);
+    store_matrices(values[step / 8] + (at ^ (step % 4 * 32)) + step / 4 % 2 * 1024, rows);
   }
   if constexpr (C::cluster == 2) fence_cluster();  // as above, and before there are stores that it would wait for
   __syncwarp();
   const u32 from = (lane < 16 ? values[0] : values[1]) + mine + lane / 8 % 2 * 1024;
   to += (warp * 16) * 512 + lane * 8;
 #pragma unroll
-  for (u32 row = 0; row < 16; ++row)
-    if (int(warp * 16 + row) < queries)
-      store_global(to + row * 512, load_shared_vector(from + row / 8 * 2048 + swizzled(row % 8, lane % 8 * 16)));
+  for (u32 eight = 0; eight < 2; ++eight) {  // all loads of eight rows are under way at once
+    if (int(warp * 16 + eight * 8) >= queries) return;
+    Vector16 rows[8];
+#pragma unroll
+    for (u32 row = 0; row < 8; ++row)
+      rows[row] = load_shared_vector(from + eight * 2048 + swizzled(row, lane % 8 * 16));
+#pragma unroll
+    for (u32 row = 0; row < 8; ++row) store_global(to + (eight * 8 + row) * 512, rows[row]);
+  }
 }
 
 // The first of the two rows of O, 8 apart, that this thread's registers are of.

@@ -29,10 +29,12 @@ namespace helix {
 template <class C> HELIX_DEVICE void mla_fp8_partial(const MlaArguments& a, const u8* scales, const MlaMaps& maps) {
   using M8 = MlaFp8Shared<C>;
   const u32 base = shared_address(dynamic_shared());
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 64) {
     prefetch_map(maps.q);
     prefetch_map(maps.kv);
     prefetch_map(maps.rotary);
+  }
+  if (threadIdx.x == 96) {
     barrier_init(base + M8::q_full, 1);
     barrier_init(base + M8::q_empty, 4);
     barrier_init(base + M8::p_full, 128);

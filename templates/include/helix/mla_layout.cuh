@@ -92,10 +92,9 @@ template <class C> HELIX_DEVICE i64 mla_place(int row) {
 template <class C> struct Segments {
   const Segment* all;
   int at, others, left;
-  HELIX_DEVICE explicit Segments(const Segment* segments) : all(segments), at(worker_index<C>()) {
-    others = all[at].more;
-    left = all[at].count;
-  }
+  HELIX_DEVICE explicit Segments(const Segment* segments) : Segments(segments, segments[worker_index<C>()]) {}
+  HELIX_DEVICE Segments(const Segment* segments, const Segment& first)
+      : all(segments), at(worker_index<C>()), others(first.more), left(first.count) {}
   HELIX_DEVICE const Segment& current() const { return all[at]; }
   HELIX_DEVICE bool next() {
     at = others++;

@@ -39,10 +39,14 @@ namespace helix {
 
 template <class C> HELIX_DEVICE void mla_partial(const MlaArguments& a, const MlaMaps& maps) {
   const u32 base = shared_address(dynamic_shared());
-  if (threadIdx.x == 0) {
+  MlaStart<C> start;  // on its way while barriers are made
+  if (threadIdx.x < 32) start.load(a, worker_index<C>());
+  if (threadIdx.x == 64) {
     prefetch_map(maps.q);
     prefetch_map(maps.kv);
     prefetch_map(maps.rotary);
+  }
+  if (threadIdx.x == 96) {
     barrier_init(base + M::q_empty, 4);
     for (u32 slot = 0; slot < Stage::kSlots; ++slot) {
       const Stage stage = {slot, 0, slot, 0};
@@ -61,7 +65,7 @@ template <class C> HELIX_DEVICE void mla_partial(const MlaArguments& a, const Ml
   const int group = int(threadIdx.x) / 128;
   if (group == 0) {
     registers_shrink<32>();
-    if (threadIdx.x < 32) mla_fetch<C>(a, maps, base);
+    if (threadIdx.x < 32) mla_fetch<C>(a, maps, base, start);
     else if (threadIdx.x < 64) mla_fetch_first_queries<C>(a, maps.q, base);
   } else if (group == 1) {
     registers_grow<160>();
