@@ -151,7 +151,8 @@ MLA_BUGS = [
     Bug("append", WAIT, ""),
 ]
 FP8_BUGS = [
-    Bug("mla_fp8_fetch", f"if (!waited) {WAIT}", ";"),
+    Bug("mla_fp8_fetch", "C::row_tokens * C::shares) wait", "C::row_tokens * C::shares + 1) wait"),
+    Bug("mla_fp8_fetch", f"q_tile) {{\n        {WAIT}", "q_tile) {"),
     Bug("mla_fp8_softmax", WAIT, ""),
 ]
 GQA_BUGS = [

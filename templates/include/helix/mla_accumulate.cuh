@@ -24,7 +24,7 @@ template <class C>
 HELIX_DEVICE void mla_write(bfloat16* to, const float (&o)[2][64], u32 inverses, const u32 (&values)[2],
                             int queries) {
   const u32 thread = opaque(threadIdx.x) % 128, warp = thread / 32, lane = thread % 32;
-  if (int(warp * 16) >= queries) return;
+  const bool needed = int(warp * 16) < queries;  // a jump here would cost registers
   const u32 mine = warp * (2 * 2048);
   const float inverse[2] = {load_shared(inverses), load_shared(inverses + 32)};
   const u32 at = mine + lane % 16 / 8 * 2048 + swizzled(lane % 8, lane / 16 * 16);
@@ -35,7 +35,7 @@ HELIX_DEVICE void mla_write(bfloat16* to, const float (&o)[2][64], u32 inverses,
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       rows.x[i] = pack_bfloat16(eight[2 * i] * inverse[i % 2], eight[2 * i + 1] * inverse[i % 2]);
-    store_matrices(values[step / 8] + (at ^ (step % 4 * 32)) + step / 4 % 2 * 1024, rows);
+    if (needed) store_matrices(values[step / 8] + (at ^ (step % 4 * 32)) + step / 4 % 2 * 1024, rows);
   }
   if constexpr (C::cluster == 2) fence_cluster();  // as above, and before there are stores that it would wait for
   __syncwarp();
