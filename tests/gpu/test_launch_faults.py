@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,24 +15,23 @@ from tests.launch_faults import Decoding, check_a_delay, check_a_fault
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 MANY = 100_000
-SOME = 20_000 if torch.cuda.device_count() > 1 else 1000  # tokens, in seconds; those of a shared GPU are slow
+SOME = 20_000 if torch.cuda.device_count() > 1 else 300  # tokens, in seconds; those of a shared GPU are slow
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> partial[Decoding]:
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`ctx tp1 / gen tp1 cp2`; rank 0 is the context's."""
-    folder = tmp_path_factory.mktemp("faults")
     generation = role(cp=2, block=32, batch=1)
-    artifact = compiled(folder / "artifact", "llama-3.1-8b", 2, "bfloat16", role(), generation, max_seq_len=MANY + 10)
-    return partial(Decoding, artifact, "cuda", folder / "launch")
+    folder = tmp_path_factory.mktemp("faults") / "artifact"
+    return compiled(folder, "llama-3.1-8b", 2, "bfloat16", role(), generation, max_seq_len=MANY + 10)
 
 
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGKILL, 2), (signal.SIGSTOP, 1)])
-def test_a_fault(number: signal.Signals, rank: int, launched: partial[Decoding]) -> None:
-    with launched(MANY, 6.0) as decoding:
+def test_a_fault(number: signal.Signals, rank: int, artifact: Path, tmp_path: Path) -> None:
+    with Decoding(artifact, "cuda", tmp_path, MANY, 6.0) as decoding:
         check_a_fault(decoding, number, rank)
 
 
-def test_a_delay(launched: partial[Decoding]) -> None:
-    with launched(SOME, 20.0) as decoding:
+def test_a_delay(artifact: Path, tmp_path: Path) -> None:
+    with Decoding(artifact, "cuda", tmp_path, SOME, 20.0) as decoding:
         check_a_delay(decoding, 2, 3.0, SOME)

@@ -149,13 +149,13 @@ MLA_BUGS = [
     Bug("mla_accumulate", "wgmma_begin();", ""),
     # What ordinary stores and the tensor cores see of each other.
     Bug("mla_softmax", "fence_async_proxy();", ""),
-    Bug("mla_accumulate", "fence_async_proxy();\n  named_barrier(1 + side, 128);", "named_barrier(1 + side, 128);"),
+    Bug("mla_accumulate", "fence_async_proxy();\n  if", "if"),
     Bug("mla_accumulate", "named_barrier(1 + side, 128);  // all", "// all"),
     # Masks, layouts, numbers.
     Bug("mla_softmax", "if (!__any_sync(0xffffffffu, outgrown)) return;", "if (!outgrown) return;"),
     Bug("mla_softmax", "if (!__any_sync(0xffffffffu, outgrown)) return;", "return;"),
     Bug("mla_softmax", "mla_mask(s, bound - tile * kTileTokens);", ""),
-    Bug("mla_accumulate", "if (valid < kTileTokens) mla_clear_tail(values, side, valid);", ""),
+    Bug("mla_accumulate", "if (valid < kTileTokens) mla_clear_tail<C>(values, side, valid);", ""),
     Bug("mla_layout", "column ^ (row % 8 * 16)", "column ^ (row % 4 * 16)"),
     Bug("mla_accumulate", "v(values, 1024, 2048)", "v(values, 2048, 1024)"),
     Bug("mla_merge", "__expf(weight[i] - finite<C>(largest));", "__expf(weight[i] - sum.top);"),
