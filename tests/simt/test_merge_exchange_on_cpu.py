@@ -27,6 +27,11 @@ MAX_ROWS = 3  # of the schedule
 FEW, SOME, MANY = 20, 40, 90  # splits that a warp has under way at once; for all its warps; and more than four have
 
 
+def some_of_each(draw: random.Random) -> list[int]:
+    """Splits of MAX_ROWS rows: a whole one before others, few splits and many."""
+    return [0, draw.randint(2, FEW), draw.choice((draw.randint(FEW + 1, SOME), MANY))]
+
+
 def random_counts(rows: int, draw: random.Random) -> list[int]:
     """Splits of each row; 0: it is whole."""
     some = [0, 0, 0, 2, 3, draw.randint(4, FEW), draw.randint(4, FEW), draw.randint(FEW + 1, SOME)]
@@ -69,9 +74,10 @@ def check_exchanges(gpus: MergeExchange, steps: int, calls: int, seed: int, slow
     """`steps` steps of `calls` exchanges each, ranks delayed at random: every result, and no word left over."""
     draw, shape, cp = random.Random(seed), gpus.shape, gpus.members
     work = []
-    for _ in range(steps * calls):
+    for number in range(steps * calls):
         rows = draw.randint(1, gpus.most_rows)
-        work.append([random_part(shape, gpus.tokens, random_counts(rows, draw), draw) for _ in range(cp)])
+        counts = [random_counts(rows, draw) if number else some_of_each(draw) for _ in range(cp)]
+        work.append([random_part(shape, gpus.tokens, of_rank, draw) for of_rank in counts])
     gpus.slow_down(seed % cp, slow)
     delays = [[draw.choice((0, 0, 0, 0.003)) for _ in work] for _ in range(cp)]
     results: list[list[Tensor]] = [[] for _ in range(cp)]
@@ -189,7 +195,7 @@ BUGS = [
     # Who merges what.
     Bug("merge_exchange", "of_source(row.first), of_source(row.count)", "row.first, of_source(row.count)"),
     Bug("merge_exchange", "found |= splits.rows[i].row == row;", "found |= i == row;"),
-    Bug("merge_exchange", "deal_batch<C>(splits, count, batch += mergers)", "deal_batch<C>(splits, count, batch += 1)"),
+    Bug("merge_exchange", "deal_batch<C>(splits, count, batch += mergers)", "deal_batch<C>(splits, count, batch += mergers + 1)"),
     Bug("merge_exchange", "int(unit / (C::heads * C::row_tokens))", "int(unit / C::heads)"),
     Bug("merge_exchange", "warp * Batch::kSlots : 0", "warp : 0"),
     Bug("merge_exchange", "? Batch::kSlots * Batch::kWarps : Batch::kSlots;", "? Batch::kSlots : Batch::kSlots;"),
