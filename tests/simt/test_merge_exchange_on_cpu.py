@@ -195,7 +195,7 @@ BUGS = [
     # Who merges what.
     Bug("merge_exchange", "of_source(row.first), of_source(row.count)", "row.first, of_source(row.count)"),
     Bug("merge_exchange", "found |= splits.rows[i].row == row;", "found |= i == row;"),
-    Bug("merge_exchange", "deal_batch<C>(splits, count, batch += mergers)", "deal_batch<C>(splits, count, batch += mergers + 1)"),
+    Bug("merge_exchange", "batch += mergers)", "batch += mergers + 1)"),
     Bug("merge_exchange", "int(unit / (C::heads * C::row_tokens))", "int(unit / C::heads)"),
     Bug("merge_exchange", "warp * Batch::kSlots : 0", "warp : 0"),
     Bug("merge_exchange", "? Batch::kSlots * Batch::kWarps : Batch::kSlots;", "? Batch::kSlots : Batch::kSlots;"),
