@@ -45,7 +45,7 @@ EXCHANGE_SHARE: dict[Transport, float] = {"one_sided": 0.70, "collective": 0.14}
 PROJECTION_SHARE = 0.70
 # Seconds that an exchange takes with hardly any rows (two H200), and attention with hardly any tokens (H100).
 EXCHANGE_START: dict[Transport, float] = {"one_sided": 2.7e-6, "collective": 25e-6}
-ATTENTION_START = {"mla": 11e-6, "gqa": 6e-6}
+ATTENTION_START = {"mla": 9e-6, "gqa": 6e-6}
 # Parts of the peak bandwidth and tensor-core rate that attention reaches with more tokens (H100: bench/attention.py).
 ATTENTION_READ_SHARE, ATTENTION_OPERATIONS_SHARE = 0.85, 0.57
 PROCESSORS = 132  # multiprocessors of a Hopper GPU; others are not measured
