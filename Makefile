@@ -24,7 +24,7 @@ run: $(VENV)/.installed $(SMOLLM2) ## compile and launch examples/quickstart.yam
 	$(BIN)/helixc launch examples/quickstart.yaml --device cpu --chat --prompt "$$PROMPT" --verify
 
 test: $(VENV)/.installed-dev $(SMOLLM2) ## every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" -n 3
+	$(BIN)/python -m pytest -m "not gpu" -n 2
 
 check: $(VENV)/.installed-dev ## lint, formatting, types
 	$(BIN)/ruff check

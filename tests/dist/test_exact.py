@@ -22,9 +22,15 @@ from tests.dist.harness import deploy, request
 MOE = ("deepseek-v3-lite", "deepseek-v2", "qwen3-moe")
 FAMILIES = (*MOE, "llama", "qwen3")
 LAYOUTS = [(tp, cp, pp) for tp in (1, 2) for cp in (1, 2, 3, 4) for pp in (1, 2)]
-LARGE = {  # of eight ranks and more, for which two cores take long: each with two families, MLA and GQA
+LARGE = {  # of four ranks and more, for which two cores take long: each with two families, MLA and GQA
+    (1, 2, 2): ("deepseek-v2", "qwen3-moe"),
+    (1, 3, 2): ("deepseek-v3-lite", "llama"),
+    (1, 4, 1): ("deepseek-v2", "qwen3"),
     (1, 4, 2): ("deepseek-v3-lite", "qwen3"),
+    (2, 1, 2): ("deepseek-v3-lite", "qwen3"),
+    (2, 2, 1): ("deepseek-v3-lite", "qwen3-moe"),
     (2, 2, 2): ("deepseek-v2", "llama"),
+    (2, 3, 1): ("deepseek-v2", "qwen3"),
     (2, 3, 2): ("deepseek-v3-lite", "qwen3-moe"),
     (2, 4, 1): ("deepseek-v2", "qwen3"),
     (2, 4, 2): ("deepseek-v3-lite", "llama"),
